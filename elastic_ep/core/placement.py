@@ -1,0 +1,134 @@
+"""What each slot is meant to hold (`ExpertPlacement`) and what it does hold (`SlotContents`): two records, never one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.topology import Topology
+
+EMPTY = -1
+"""An empty slot, or padding in a map. Never a valid expert or slot id."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertPlacement:
+    """Which logical expert each physical slot is meant to serve, per MoE layer.
+
+    Example, L=2 layers, E=3 experts, P=4 slots, slot 3 of the second layer empty::
+
+        physical_to_logical_map = [[0, 1, 2, 0],
+                                   [2, 1, 0, -1]]
+        logical_to_physical_map = [[[0, 3], [1, -1], [2, -1]],
+                                   [[2, -1], [1, -1], [0, -1]]]
+        logical_replica_count   = [[2, 1, 1],
+                                   [1, 1, 1]]
+
+    Attributes:
+        physical_to_logical_map: int64 [L, P], -1 for an empty slot (a dead rank's slots are empty too).
+        num_logical_experts: E.
+    """
+
+    physical_to_logical_map: NDArray[np.int64]
+    num_logical_experts: int
+
+    def __post_init__(self) -> None:
+        p2l = np.ascontiguousarray(self.physical_to_logical_map, dtype=np.int64)
+        if p2l.ndim != 2:
+            raise InvalidInputError(f"physical_to_logical_map has shape {p2l.shape}; expected [layers, slots]")
+        if p2l.size and (p2l.min() < EMPTY or p2l.max() >= self.num_logical_experts):
+            raise InvalidInputError(
+                f"physical_to_logical_map holds ids from {p2l.min()} to {p2l.max()}; allowed: -1 to {self.num_logical_experts - 1}"
+            )
+        p2l.setflags(write=False)
+        object.__setattr__(self, "physical_to_logical_map", p2l)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ExpertPlacement)
+            and self.num_logical_experts == other.num_logical_experts
+            and np.array_equal(self.physical_to_logical_map, other.physical_to_logical_map)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.physical_to_logical_map.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.physical_to_logical_map.shape[1])
+
+    @cached_property
+    def logical_replica_count(self) -> NDArray[np.int64]:
+        """int64 [L, E]: in how many slots each expert lives."""
+        counts = np.zeros((self.num_layers, self.num_logical_experts), dtype=np.int64)
+        layer, slot = np.nonzero(self.physical_to_logical_map != EMPTY)
+        np.add.at(counts, (layer, self.physical_to_logical_map[layer, slot]), 1)
+        return counts
+
+    @cached_property
+    def logical_to_physical_map(self) -> NDArray[np.int64]:
+        """int64 [L, E, X]: the slots of each expert, ascending, padded with -1; X is the largest replica count (at least 1)."""
+        width = max(1, int(self.logical_replica_count.max(initial=0)))
+        l2p = np.full((self.num_layers, self.num_logical_experts, width), EMPTY, dtype=np.int64)
+        for layer, row in enumerate(self.physical_to_logical_map):
+            slots = np.nonzero(row != EMPTY)[0]
+            order = slots[np.argsort(row[slots], kind="stable")]
+            experts = row[order]
+            starts = np.searchsorted(experts, experts, side="left")
+            l2p[layer, experts, np.arange(len(order)) - starts] = order
+        return l2p
+
+    def missing_experts(self) -> list[tuple[int, int]]:
+        """(layer, expert) pairs that no slot holds."""
+        return [(int(a), int(b)) for a, b in np.argwhere(self.logical_replica_count == 0)]
+
+    def masked(self, topology: Topology, active_ranks: Any) -> ExpertPlacement:
+        """The same placement with dead ranks' slots empty."""
+        live = topology.live_slot_mask(active_ranks)
+        return ExpertPlacement(np.where(live[None, :], self.physical_to_logical_map, EMPTY), self.num_logical_experts)
+
+
+@dataclass
+class SlotContents:
+    """What each slot does hold, with the digest its bytes were checked against. Changed only by reports of finished loads.
+
+    Attributes:
+        num_layers, num_slots: L and P.
+        held: (layer, slot) -> (logical expert, digest); a slot that is absent holds nothing that may be served.
+    """
+
+    num_layers: int
+    num_slots: int
+    held: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+
+    def record(self, layer: int, slot: int, expert: int, digest: int) -> None:
+        """A slot was filled and verified."""
+        if not (0 <= layer < self.num_layers and 0 <= slot < self.num_slots):
+            raise InvalidInputError(f"slot ({layer}, {slot}) is outside {self.num_layers} layers x {self.num_slots} slots")
+        self.held[layer, slot] = (expert, digest)
+
+    def clear_rank(self, topology: Topology, rank: int) -> None:
+        """A rank died: whatever comes back in its seat starts with empty slots."""
+        gone = topology.slots_of(rank)
+        self.held = {key: value for key, value in self.held.items() if key[1] not in gone}
+
+    def expert_map(self) -> NDArray[np.int64]:
+        """int64 [L, P]: the expert each slot holds, -1 where it holds none."""
+        out = np.full((self.num_layers, self.num_slots), EMPTY, dtype=np.int64)
+        for (layer, slot), (expert, _) in self.held.items():
+            out[layer, slot] = expert
+        return out
+
+    def mismatches(self, placement: ExpertPlacement) -> list[tuple[int, int, int]]:
+        """(layer, slot, expert) that the placement wants and the slot does not hold: exactly what must be loaded."""
+        wanted = placement.physical_to_logical_map
+        layer, slot = np.nonzero((wanted != EMPTY) & (wanted != self.expert_map()))
+        return [(int(a), int(b), int(wanted[a, b])) for a, b in zip(layer, slot, strict=True)]
