@@ -1,4 +1,4 @@
-"""What controller and ranks say to each other over the control channel. Plain frozen records: the shell encodes them, the simulator does not.
+"""What controller and ranks say to each other over the control channel. Frozen records: the shell encodes them, the simulator does not.
 
 Every message that belongs to a membership carries its epoch; the receiver drops what is older than what it knows.
 """
@@ -168,6 +168,7 @@ class Install:
     epoch: int
     active_ranks: tuple[int, ...]
     slots_per_rank: tuple[int, ...]
+    num_experts: int
     peers: dict[int, str]
     physical_to_logical_map: list[list[int]]
     quotas: list[list[float]] | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -96,39 +96,34 @@ class ExpertPlacement:
         return ExpertPlacement(np.where(live[None, :], self.physical_to_logical_map, EMPTY), self.num_logical_experts)
 
 
-@dataclass
 class SlotContents:
     """What each slot does hold, with the digest its bytes were checked against. Changed only by reports of finished loads.
 
     Attributes:
-        num_layers, num_slots: L and P.
-        held: (layer, slot) -> (logical expert, digest); a slot that is absent holds nothing that may be served.
+        experts: int64 [L, P], the expert whose verified bytes a slot holds, -1 where it holds none that may be served.
+        digests: uint64 [L, P], the digest of those bytes (0 where none).
     """
 
-    num_layers: int
-    num_slots: int
-    held: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    def __init__(self, num_layers: int, num_slots: int) -> None:
+        self.experts = np.full((num_layers, num_slots), EMPTY, dtype=np.int64)
+        self.digests = np.zeros((num_layers, num_slots), dtype=np.uint64)
 
     def record(self, layer: int, slot: int, expert: int, digest: int) -> None:
         """A slot was filled and verified."""
-        if not (0 <= layer < self.num_layers and 0 <= slot < self.num_slots):
-            raise InvalidInputError(f"slot ({layer}, {slot}) is outside {self.num_layers} layers x {self.num_slots} slots")
-        self.held[layer, slot] = (expert, digest)
+        layers, slots = self.experts.shape
+        if not (0 <= layer < layers and 0 <= slot < slots):
+            raise InvalidInputError(f"slot ({layer}, {slot}) is outside {layers} layers x {slots} slots")
+        self.experts[layer, slot] = expert
+        self.digests[layer, slot] = digest
 
     def clear_rank(self, topology: Topology, rank: int) -> None:
         """A rank died: whatever comes back in its seat starts with empty slots."""
         gone = topology.slots_of(rank)
-        self.held = {key: value for key, value in self.held.items() if key[1] not in gone}
-
-    def expert_map(self) -> NDArray[np.int64]:
-        """int64 [L, P]: the expert each slot holds, -1 where it holds none."""
-        out = np.full((self.num_layers, self.num_slots), EMPTY, dtype=np.int64)
-        for (layer, slot), (expert, _) in self.held.items():
-            out[layer, slot] = expert
-        return out
+        self.experts[:, gone.start : gone.stop] = EMPTY
+        self.digests[:, gone.start : gone.stop] = 0
 
     def mismatches(self, placement: ExpertPlacement) -> list[tuple[int, int, int]]:
         """(layer, slot, expert) that the placement wants and the slot does not hold: exactly what must be loaded."""
         wanted = placement.physical_to_logical_map
-        layer, slot = np.nonzero((wanted != EMPTY) & (wanted != self.expert_map()))
+        layer, slot = np.nonzero((wanted != EMPTY) & (wanted != self.experts))
         return [(int(a), int(b), int(wanted[a, b])) for a, b in zip(layer, slot, strict=True)]

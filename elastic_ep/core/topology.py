@@ -102,4 +102,5 @@ class Topology:
         active = np.asarray(active_ranks)
         if active.shape != (self.ep_size,):
             raise InvalidInputError(f"active_ranks has shape {active.shape}; expected ({self.ep_size},)")
-        return (active != 0)[self.rank_of_slot]
+        mask: NDArray[np.bool_] = (active != 0)[self.rank_of_slot]
+        return mask

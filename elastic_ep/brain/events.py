@@ -1,0 +1,200 @@
+"""What goes into the brain and what comes out. The shell turns I/O into events and commands into I/O; the simulator does both in memory."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage, SampledToken, SamplingParams
+from elastic_ep.core.placement import ExpertPlacement
+
+
+class FailureCause(enum.Enum):
+    """How the controller came to hold a rank for failed."""
+
+    EXITED = "exited"
+    """its process ended (pidfd, or the launcher's wait)"""
+    STOPPED = "stopped"
+    """its process was stopped by a signal"""
+    CHANNEL_CLOSED = "channel_closed"
+    """its control channel reached end-of-file"""
+    HEARTBEAT = "heartbeat"
+    """no sign of life within the heartbeat timeout"""
+    WEDGED = "wedged"
+    """alive and beating, but a step or an install did not end before its deadline"""
+    PEERS = "peers"
+    """other ranks could not exchange with it"""
+    FATAL = "fatal"
+    """it said that it cannot go on"""
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class RankConnected:
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class RankSaid:
+    rank: int
+    incarnation: int
+    message: RankMessage
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed:
+    """The shell saw a rank fail."""
+
+    rank: int
+    incarnation: int
+    cause: FailureCause
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RankFenced:
+    """The process is gone, or can reach nobody any more."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankRuns:
+    """The answer to Probe: its process is seen to run (it may be starved of CPU)."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The answer to MakePlan. `plan` is None when the live slots cannot hold all experts and streaming them is not allowed."""
+
+    epoch: int
+    plan: GroupPlan | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Graceful: no new requests, finish those that run, then stop the ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """`next_deadline()` was reached."""
+
+
+Event = RankConnected | RankSaid | RankFailed | RankFenced | RankRuns | Planned | Submitted | Cancelled | StopRequested | TimePassed
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate. `eos_ids` is empty when end-of-sequence tokens are to be ignored."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """What a new epoch installs.
+
+    Attributes:
+        quotas: float64 [L, P], or None for an even split.
+        streamed: (layer, expert) -> rank for experts without a slot.
+        loads: (layer, slot, expert) in the order to be loaded.
+        experts_lost: (layer, expert) pairs that no member held before the loads.
+        survives: what the placement survives from here, as `/elastic/status` shows it.
+    """
+
+    placement: ExpertPlacement
+    quotas: NDArray[np.float64] | None
+    streamed: dict[tuple[int, int], int]
+    loads: tuple[tuple[int, int, int], ...]
+    experts_lost: int
+    survives: dict[str, Any]
+    reason: str
+
+
+# ---- commands
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    rank: int
+    message: ControllerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Make sure that this process can change nothing any more: kill it, or where it can't be killed, shut it out. Answer RankFenced."""
+
+    rank: int
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A rank is silent. Look at its process: answer RankRuns if it is seen to run, RankFailed if it is not or cannot be seen."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan:
+    """Solve for these members (a pure function, `planner.plan`); answer Planned."""
+
+    epoch: int
+    active: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmitToken:
+    """A committed token of a request. `finish` ends the stream: "stop", "length" or "error" (then `token` may be None)."""
+
+    request_id: str
+    token: SampledToken | None
+    index: int
+    finish: str | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """An entry for the event log."""
+
+    kind: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """All is done: the shell may end."""
+
+    error: str = ""
+
+
+Command = Send | Fence | Probe | MakePlan | EmitToken | Publish | Stopped

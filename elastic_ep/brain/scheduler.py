@@ -1,0 +1,73 @@
+"""Which sequences get a home, and what each rank computes in the next step: decodes first, then prefill chunks in order of arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from elastic_ep.brain.messages import SequenceWork
+from elastic_ep.brain.requests import RequestTable, Sequence
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Per rank.
+
+    Attributes:
+        kv_tokens: positions of KV a rank can hold. A sequence reserves its whole possible length, so nothing is ever evicted for room.
+        max_sequences: sequences at home on one rank at once.
+        max_batch_tokens: positions one rank computes in one step.
+        prefill_chunk: positions of one sequence computed in one step.
+    """
+
+    kv_tokens: int
+    max_sequences: int = 64
+    max_batch_tokens: int = 512
+    prefill_chunk: int = 128
+
+
+def place_waiting(table: RequestTable, ranks: Iterable[int], limits: SchedulerLimits) -> list[Sequence]:
+    """Give homes to waiting sequences, first come first served: the rank with the fewest sequences, then least reserved KV, then the
+    lowest id. Stops at the first that fits nowhere, so a long one is not overtaken for ever."""
+    count = dict.fromkeys(ranks, 0)
+    reserved = dict.fromkeys(count, 0)
+    for sequence in table.running.values():
+        assert sequence.home is not None
+        count[sequence.home] += 1
+        reserved[sequence.home] += sequence.max_length
+    placed = []
+    for sequence in list(table.waiting.values()):
+        need = sequence.max_length
+        fits = [r for r in count if count[r] < limits.max_sequences and reserved[r] + need <= limits.kv_tokens]
+        if not fits:
+            break
+        rank = min(fits, key=lambda r: (count[r], reserved[r], r))
+        table.place(sequence, rank)
+        count[rank] += 1
+        reserved[rank] += need
+        placed.append(sequence)
+    return placed
+
+
+def step_work(table: RequestTable, ranks: Iterable[int], limits: SchedulerLimits) -> dict[int, list[tuple[Sequence, SequenceWork]]]:
+    """The work of each rank in one step (an empty list for a rank that only serves its experts)."""
+    work: dict[int, list[tuple[Sequence, SequenceWork]]] = {rank: [] for rank in ranks}
+    budget = dict.fromkeys(work, limits.max_batch_tokens)
+    prefills = []
+    for sequence in table.running.values():
+        home = sequence.home
+        assert home is not None
+        if not sequence.is_decoding:
+            prefills.append(sequence)
+        elif budget[home] > 0:
+            work[home].append((sequence, sequence.next_work(1)))
+            budget[home] -= 1
+    for sequence in sorted(prefills, key=lambda s: s.arrival):
+        home = sequence.home
+        assert home is not None
+        room = min(budget[home], limits.prefill_chunk)
+        if room > 0:
+            chunk = sequence.next_work(room)
+            work[home].append((sequence, chunk))
+            budget[home] -= len(chunk.tokens)
+    return work

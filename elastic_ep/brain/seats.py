@@ -1,0 +1,65 @@
+"""One seat per rank: which process sits in it and how far it has come."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from elastic_ep.core.errors import IllegalTransitionError
+
+
+class SeatState(enum.Enum):
+    """The life of a rank's process, as the controller knows it."""
+
+    STARTING = "starting"
+    """its process was asked for; nothing heard yet"""
+    LOADING = "loading"
+    """it said hello and reads dense weights"""
+    READY = "ready"
+    """it can take an Install"""
+    ACTIVE = "active"
+    """a member of the current epoch"""
+    FENCING = "fencing"
+    """it failed; being made harmless"""
+    DEAD = "dead"
+    """it is gone; the seat is empty"""
+
+
+_S = SeatState
+_ALLOWED: dict[SeatState, tuple[SeatState, ...]] = {
+    _S.STARTING: (_S.LOADING, _S.FENCING),
+    _S.LOADING: (_S.READY, _S.FENCING),
+    _S.READY: (_S.ACTIVE, _S.FENCING),
+    _S.ACTIVE: (_S.FENCING,),
+    _S.FENCING: (_S.DEAD,),
+    _S.DEAD: (_S.STARTING,),
+}
+
+
+@dataclass
+class Seat:
+    """What is known of one rank. `incarnation` counts the processes that sat here; whatever names an older one is ignored."""
+
+    rank: int
+    incarnation: int = 0
+    state: SeatState = SeatState.STARTING
+    pid: int | None = None
+    host: str = ""
+    address: str = ""
+    last_sign: float = 0.0
+    """when anything was last heard from it (controller's clock, seconds)"""
+    probed_at: float | None = None
+    """when a Probe went out for its silence; None when none is open"""
+    seen_running: float = 0.0
+    """when a Probe last saw its process run"""
+    failure: str = ""
+
+    def move(self, state: SeatState) -> None:
+        if state not in _ALLOWED[self.state]:
+            raise IllegalTransitionError(f"rank {self.rank} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+
+    @property
+    def is_alive(self) -> bool:
+        """Its process may be running and has not been given up."""
+        return self.state not in (SeatState.FENCING, SeatState.DEAD)

@@ -1,0 +1,43 @@
+"""Everything the brain is told once. Frozen; derived values are properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_ep.brain.planner import PlanSettings
+from elastic_ep.brain.scheduler import SchedulerLimits
+from elastic_ep.core.topology import Topology
+
+
+@dataclass(frozen=True)
+class BrainSettings:
+    """One group of ranks and how patient to be with it. Times in seconds.
+
+    Attributes:
+        num_layers: MoE layers.
+        heartbeat_timeout_s: silence after which a rank counts as failed.
+        step_timeout_s: a step or exchange that takes longer has a wedged rank in it. Ranks wait half of it for their peers.
+        boot_timeout_s: from the start of the processes to dense weights loaded.
+        install_timeout_s: for matching the mesh and swapping tables; `load_bytes_per_s` adds time for what must be read.
+        load_bytes_per_s: the slowest source that is not called wedged.
+        fence_timeout_s: a process that has not ended by then is shut out by its epoch alone.
+        verdict_window_s: how long to collect accusations before judging, when the accused still seems alive.
+        max_waiting: requests that may wait; one more is refused.
+    """
+
+    topology: Topology
+    num_layers: int
+    bytes_per_expert: int
+    plan: PlanSettings
+    limits: SchedulerLimits
+    heartbeat_timeout_s: float = 0.9
+    step_timeout_s: float = 10.0
+    boot_timeout_s: float = 300.0
+    install_timeout_s: float = 10.0
+    load_bytes_per_s: float = 20e6
+    fence_timeout_s: float = 2.0
+    verdict_window_s: float = 0.02
+    max_waiting: int = 1024
+
+    def install_deadline_s(self, num_loads: int) -> float:
+        return self.install_timeout_s + num_loads * self.bytes_per_expert / self.load_bytes_per_s

@@ -1,0 +1,40 @@
+"""The program of a rank process: a Hugging Face model behind the rank's loop. The launcher names `rank_main` and `preload` by path."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elastic_ep.models.engine import ElasticEngine
+from elastic_ep.runtime.dispatch.socket import SocketDispatcher
+from elastic_ep.runtime.faults import Fault, FaultAction, FaultPlan
+from elastic_ep.runtime.rank import RankConfig, run
+
+
+def preload(checkpoint: str) -> None:
+    """Import, once and before any fork, what every rank of this checkpoint needs."""
+    model_type = json.loads((Path(checkpoint) / "config.json").read_text())["model_type"]
+    importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+
+def rank_main(config: dict[str, Any]) -> int:
+    """Be a rank. `config` holds the fields of RankConfig under "rank", of the engine under "engine", and a list of faults."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=config.get("log_level", "WARNING"), format=f"%(asctime)s rank {config['rank']['rank']} %(levelname)s %(message)s")
+    torch.set_num_threads(1)
+    rank = RankConfig(**config["rank"])
+    faults = [Fault(f["point"], FaultAction(f["action"]), f.get("nth", 1)) for f in config.get("faults", [])]
+    return run(
+        rank,
+        make_engine=lambda: ElasticEngine(**config["engine"]),
+        make_dispatcher=lambda control: SocketDispatcher(
+            rank.rank, rank.listen, token=rank.token, interrupt=control, deadline_s=rank.exchange_timeout_s
+        ),
+        make_faults=lambda control: FaultPlan(faults, control),
+    )

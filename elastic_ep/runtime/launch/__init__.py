@@ -1,0 +1,1 @@
+"""Starting rank processes, and hearing at once of their exits and stops."""

@@ -1,0 +1,97 @@
+"""The controller's side of the zygote: start it, ask it for ranks, hear what becomes of them. Works inside an asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_ep.runtime.launch.zygote import MAX_PACKET_BYTES
+
+ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
+
+
+@dataclass(frozen=True)
+class ProcessEvent:
+    """What became of a rank's process: "spawned", "exited" or "stopped"."""
+
+    kind: str
+    rank: int
+    incarnation: int
+    pid: int
+    status: str = ""
+
+
+class Launcher:
+    """One zygote. `start()` returns at once; spawns asked for before it is ready wait in its socket."""
+
+    def __init__(self, preload: str, preload_argument: str, on_event: Callable[[ProcessEvent], None], on_lost: Callable[[], None]) -> None:
+        self._preload = preload
+        self._argument = preload_argument
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._sock: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        command = [sys.executable, "-m", "elastic_ep.runtime.launch.zygote", "--fd", str(theirs.fileno())]
+        command += ["--preload", self._preload, "--preload-argument", self._argument]
+        env = os.environ | ONE_THREAD
+        self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=env, start_new_session=True, stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._sock, self._loop = ours, loop
+        loop.add_reader(ours.fileno(), self._readable)
+
+    def spawn(self, rank: int, incarnation: int, target: str, config: dict[str, Any]) -> None:
+        """Ask for a rank process running `target(config)` (`module:function`). A "spawned" event tells its pid."""
+        assert self._sock is not None, "start() first"
+        order = {"rank": rank, "incarnation": incarnation, "target": target, "config": config}
+        self._sock.send(json.dumps(order).encode())
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        while True:
+            try:
+                packet = self._sock.recv(MAX_PACKET_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            if not packet:
+                self._forget()
+                self._on_lost()
+                return
+            record = json.loads(packet)
+            kind = record.pop("event")
+            if kind != "ready":
+                self._on_event(ProcessEvent(kind, **record))
+
+    def _forget(self) -> None:
+        if self._sock is not None and self._loop is not None:
+            self._loop.remove_reader(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the zygote. Its ranks are not touched."""
+        self._forget()
+        if self._process is not None:
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None

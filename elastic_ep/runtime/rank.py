@@ -1,0 +1,215 @@
+"""The rank process: obey the controller one message at a time, beat, and end when the controller is gone.
+
+One loop owns all state; the only other thread sends heartbeats. During a step the control channel is watched by the dispatcher: the
+controller writes to a rank in mid-step only to interrupt it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from elastic_ep.brain.messages import (
+    ControllerMessage,
+    DenseLoaded,
+    Heartbeat,
+    Hello,
+    Install,
+    Installed,
+    InstallFailed,
+    LoadedSlot,
+    RankFatal,
+    RankMessage,
+    RunStep,
+    Shutdown,
+    StepDone,
+    StepFailed,
+)
+from elastic_ep.core.errors import CheckpointError, ElasticEPError
+from elastic_ep.core.placement import ExpertPlacement
+from elastic_ep.core.routing import RoutingTable
+from elastic_ep.core.topology import Topology
+from elastic_ep.runtime.control import wire
+from elastic_ep.runtime.control.address import connect
+from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
+from elastic_ep.runtime.engine import Engine, SlotLoad
+from elastic_ep.runtime.faults import FaultPlan
+
+log = logging.getLogger(__name__)
+
+EXIT_CONTROLLER_GONE = 3
+EXIT_FATAL = 4
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """Where a rank finds its controller and how it introduces itself. Times in seconds.
+
+    Attributes:
+        controller: address of the controller's control listener.
+        listen: address where peers dial this process; unique to the incarnation.
+        exchange_timeout_s: how long dispatch and combine wait for a peer.
+    """
+
+    rank: int
+    incarnation: int
+    controller: str
+    listen: str
+    token: str
+    exchange_timeout_s: float
+    heartbeat_interval_s: float = 0.1
+    connect_timeout_s: float = 10.0
+
+
+class ControlChannel:
+    """The rank's end. `send` may be called by the loop and by the heartbeat thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+
+    def send(self, message: RankMessage) -> None:
+        data = wire.encode(message)
+        with self._lock:
+            self.sock.sendall(data)
+
+    def receive(self) -> ControllerMessage | None:
+        return wire.receive(self.sock)
+
+    def is_readable(self) -> bool:
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+
+class Rank:
+    """One rank: a model, a mesh and a control channel."""
+
+    def __init__(self, config: RankConfig, channel: ControlChannel, engine: Engine, dispatcher: Dispatcher, faults: FaultPlan) -> None:
+        self.config = config
+        self.channel = channel
+        self.engine = engine
+        self.dispatcher = dispatcher
+        self.faults = faults
+        self.epoch = 0
+        self.routing: RoutingTable | None = None
+        self.held: dict[tuple[int, int], tuple[int, int]] = {}
+        """(layer, physical slot) -> (expert, digest): what this rank's slots do hold."""
+
+    def serve(self) -> int:
+        """Load, then obey until told to stop. Returns the exit status."""
+        started = time.monotonic()
+        self.engine.load_dense()
+        self.faults.reach("dense_loaded")
+        self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
+        while True:
+            message = self.channel.receive()
+            match message:
+                case None:
+                    return EXIT_CONTROLLER_GONE
+                case Shutdown():
+                    return 0
+                case Install():
+                    self.channel.send(self._install(message))
+                case RunStep():
+                    answer = self._run_step(message)
+                    if answer is not None:
+                        self.channel.send(answer)
+
+    def _install(self, order: Install) -> Installed | InstallFailed:
+        """Match the mesh, load, swap tables. An interrupt (a newer epoch is waiting) ends it early; what was loaded is kept and told."""
+        started = time.monotonic()
+        self.faults.reach("install_begin", epoch=order.epoch)
+        self.epoch = order.epoch
+        topology = Topology(order.slots_per_rank)
+        loaded: list[LoadedSlot] = []
+        num_bytes = 0
+        linked = self.dispatcher.connect(order.peers, order.deadline_s)
+        if isinstance(linked, PeerFailed):
+            return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
+        try:
+            first = int(topology.first_slot[self.config.rank])
+            for load in order.loads:
+                if isinstance(linked, Interrupted) or self.channel.is_readable():
+                    return InstallFailed(order.epoch, tuple(loaded), {}, "")
+                self.faults.reach("load_expert", epoch=order.epoch)
+                held = self.held.pop((load.layer, load.slot), None)
+                if held is None or held[0] != load.expert:
+                    digest, read = self.engine.load_expert(SlotLoad(load.layer, load.slot - first, load.expert))
+                    held = (load.expert, digest)
+                    num_bytes += read
+                self.held[load.layer, load.slot] = held
+                loaded.append(LoadedSlot(load.layer, load.slot, *held))
+        except CheckpointError as error:
+            return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
+        placement = ExpertPlacement(np.array(order.physical_to_logical_map, dtype=np.int64), order.num_experts)
+        quotas = None if order.quotas is None else np.array(order.quotas)
+        streamed = {(layer, expert): rank for layer, expert, rank in order.streamed}
+        self.routing = RoutingTable.build(order.epoch, placement, topology, quotas, streamed)
+        self.faults.reach("install_end", epoch=order.epoch)
+        return Installed(order.epoch, tuple(loaded), num_bytes, (time.monotonic() - started) * 1e3)
+
+    def _run_step(self, order: RunStep) -> StepDone | StepFailed | None:
+        if order.epoch != self.epoch or self.routing is None or self.routing.epoch != order.epoch:
+            return None  # of another epoch: the controller has moved on, its next message says where
+        self.faults.reach("step_begin", epoch=order.epoch, step=order.step)
+        started = time.monotonic()
+        output = self.engine.run_step(order.work, order.release, self.routing, self.dispatcher, order.step)
+        match output:
+            case PeerFailed():
+                return StepFailed(order.epoch, order.step, {peer: kind.value for peer, kind in output.peers.items()})
+            case Interrupted():
+                return None
+        self.faults.reach("step_end", epoch=order.epoch, step=order.step)
+        return StepDone(order.epoch, order.step, tuple(output.tokens), (time.monotonic() - started) * 1e3, output.expert_counts)
+
+
+def _beat(channel: ControlChannel, interval_s: float) -> None:
+    """Heartbeat thread. When the controller's end is closed nothing this process does can matter any more: end it, whatever it is in."""
+    poll = select.poll()
+    poll.register(channel.sock, select.POLLHUP | select.POLLRDHUP)
+    sequence = 0
+    while True:
+        try:
+            channel.send(Heartbeat(sequence))
+        except OSError:
+            os._exit(EXIT_CONTROLLER_GONE)
+        sequence += 1
+        if poll.poll(interval_s * 1e3):
+            os._exit(EXIT_CONTROLLER_GONE)
+
+
+def run(
+    config: RankConfig,
+    make_engine: Callable[[], Engine],
+    make_dispatcher: Callable[[socket.socket], Dispatcher],
+    make_faults: Callable[[socket.socket], FaultPlan],
+) -> int:
+    """The whole life of a rank process. Returns its exit status; every reason for a non-zero one was told to the controller."""
+    sock = connect(config.controller, config.connect_timeout_s)
+    channel = ControlChannel(sock)
+    channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), config.token, config.listen))
+    threading.Thread(target=_beat, args=(channel, config.heartbeat_interval_s), name="heartbeat", daemon=True).start()
+    dispatcher = make_dispatcher(sock)
+    try:
+        return Rank(config, channel, make_engine(), dispatcher, make_faults(sock)).serve()
+    except ElasticEPError as error:
+        channel.send(RankFatal(str(error)))
+        return EXIT_FATAL
+    except OSError as error:
+        log.warning("rank %d: control channel: %s", config.rank, error)
+        return EXIT_CONTROLLER_GONE
+    except Exception as error:
+        log.exception("rank %d failed", config.rank)
+        channel.send(RankFatal(f"{type(error).__name__}: {error}"))
+        return EXIT_FATAL
+    finally:
+        dispatcher.close()
