@@ -1,0 +1,53 @@
+"""One process, no I/O: the backend for ep_size 1, and the oracle that the conformance suite holds the others to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.routing import RoutingTable
+from elastic_ep.runtime.dispatch.base import DispatchHandle, StepPoint
+from elastic_ep.runtime.dispatch.checks import check_combine, check_dispatch
+from elastic_ep.runtime.dispatch.grouping import as_array, plan_arrival, plan_departure, take_rows, weighted_sum
+
+
+@dataclass(frozen=True, slots=True)
+class _LocalState:
+    position: NDArray[np.int64]
+    weights: torch.Tensor
+
+
+class LocalDispatcher:
+    """Rank 0 of 1. Rows never leave the process; nothing can fail."""
+
+    def connect(self, peers: Mapping[int, str], deadline_s: float) -> None:
+        """There is nobody to dial. Raises InvalidInputError if `peers` names anyone but rank 0."""
+        if set(peers) - {0}:
+            raise InvalidInputError(f"the local backend is rank 0 of 1, asked to connect ranks {sorted(peers)}; use the socket backend")
+
+    def dispatch(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint
+    ) -> DispatchHandle:
+        """See `Dispatcher.dispatch`."""
+        ids = check_dispatch(x, topk_ids, topk_weights, routing, at)
+        departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, 0, at.step), 1)
+        arrival = plan_arrival(departure.tokens[departure.pairs[:, 0]], departure.pairs[:, 1])
+        rows = torch.empty((len(arrival.source_row), x.shape[1]), dtype=x.dtype)
+        take_rows(as_array(x), arrival.source_row, as_array(rows))
+        position = arrival.back[departure.position]
+        return DispatchHandle(rows, arrival.groups, _LocalState(position, topk_weights))
+
+    def combine(self, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """See `Dispatcher.combine`."""
+        state: Any = handle.state
+        y = check_combine(y, handle)
+        return weighted_sum(as_array(y), state.position, state.weights, y.dtype)
+
+    def close(self) -> None:
+        pass
