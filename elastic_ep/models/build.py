@@ -1,0 +1,71 @@
+"""The module tree of transformers with dense weights only: built on the meta device, filled from the checkpoint, no expert ever allocated."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from elastic_ep.core.errors import CheckpointError
+from elastic_ep.models.spec import ModelSpec
+from elastic_ep.runtime.weights.checkpoint import TensorReader
+
+IMPLEMENTATION = "elastic_ep"
+"""the name under which our attention and experts functions are registered with transformers"""
+
+
+def build_model(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, in eval mode, its experts' parameters removed, its computed buffers real."""
+    config = AutoConfig.for_model(**json.loads((spec.directory / "config.json").read_text()))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION
+        )
+    model.eval().requires_grad_(False)
+    for layer in spec.moe_layers:
+        experts_module(model, layer)._parameters.clear()
+    for name, module in list(model.named_modules()):
+        if module._non_persistent_buffers_set:  # computed from the config when built (rotary frequencies): build it again, for real
+            fresh = type(module)(config=module.config)
+            for buffer in module._non_persistent_buffers_set:
+                assert fresh._buffers[buffer].device.type == "cpu", f"{name}.{buffer}"
+                module._buffers[buffer] = fresh._buffers[buffer]
+    return model
+
+
+def load_dense(model: PreTrainedModel, spec: ModelSpec, reader: TensorReader, dtype: torch.dtype) -> int:
+    """Fill every parameter and buffer that is not an expert's. Returns the bytes read. Raises CheckpointError."""
+    keep_float32 = set(model._keep_in_fp32_modules_strict or ())
+    total = 0
+    for name in spec.family.dense(spec.config):
+        path = name
+        for written, built in spec.family.renames:
+            path = path.replace(written, built)
+        parent, leaf = path.rpartition(".")[::2]
+        module = model.get_submodule(parent)
+        target = torch.float32 if keep_float32.intersection(path.split(".")) else dtype
+        tensor = torch.empty(spec.tensors[name].shape, dtype=target)
+        total += reader.read_into(name, None, tensor)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if spec.config.get("tie_word_embeddings", False):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    unfilled = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if unfilled:
+        raise CheckpointError(f"{spec.directory} names no tensor for {unfilled[0]}; this version of transformers builds the model otherwise")
+    return total
+
+
+def experts_module(model: PreTrainedModel, layer: int) -> nn.Module:
+    """The experts module of a decoder layer."""
+    module: nn.Module = model.model.layers[layer].mlp.experts
+    return module
+
+
+def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weight of every linear layer as it is multiplied, [in, out]."""
+    return [module.weight.t() for module in model.modules() if isinstance(module, nn.Linear)]

@@ -1,0 +1,190 @@
+"""`ElasticEngine`: a Hugging Face MoE model as one rank runs it (the `Engine` protocol of runtime/engine.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from elastic_ep.brain.messages import SampledToken, SequenceWork
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.routing import RoutingTable
+from elastic_ep.models.attention import AttentionState
+from elastic_ep.models.build import build_model, experts_module, linear_weights, load_dense
+from elastic_ep.models.experts import LayerExperts, StepState, StepVoid
+from elastic_ep.models.kv import PagedKV
+from elastic_ep.models.rows import MIN_ROWS, check_matmul, padded_rows, row_multiple
+from elastic_ep.models.sampling import sample
+from elastic_ep.models.slots import ExpertSlots
+from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
+from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
+from elastic_ep.runtime.engine import SlotLoad, StepOutput
+from elastic_ep.runtime.weights.base import Piece, SlotLayout
+from elastic_ep.runtime.weights.checkpoint import CheckpointSource, TensorReader
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+
+
+class ElasticEngine:
+    """One rank's model. Nothing is read before `load_dense`.
+
+    Args:
+        checkpoint_dir: a folder that `save_pretrained` wrote.
+        rank: this rank's id, as routing tables name it.
+        local_slots: slots per MoE layer.
+        kv_tokens: tokens of KV cache, rounded up to whole pages.
+        dtype: "float32" or "bfloat16"; None takes the checkpoint's.
+        fast_math: compute exactly the rows of a step, as fast as the libraries can: tokens may then depend on the batch.
+        num_spare: buffers for experts that are streamed because no slot holds them.
+        num_threads: of the process; a row's bits are promised for 1.
+        count_experts: record how many pairs each expert got.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str | Path,
+        rank: int,
+        local_slots: int,
+        kv_tokens: int,
+        dtype: str | None = None,
+        fast_math: bool = False,
+        num_spare: int = 4,
+        num_threads: int = 1,
+        count_experts: bool = True,
+    ):
+        if dtype is not None and dtype not in ("float32", "bfloat16"):
+            raise InvalidInputError(f"dtype is {dtype!r}; give float32 or bfloat16")
+        if kv_tokens < 1 or local_slots < 0 or num_spare < 1 or num_threads < 1:
+            raise InvalidInputError(
+                f"kv_tokens {kv_tokens}, local_slots {local_slots}, num_spare {num_spare}, num_threads {num_threads}: "
+                f"only local_slots may be 0, none negative"
+            )
+        if num_threads > 1 and not fast_math:
+            raise InvalidInputError(f"num_threads is {num_threads}: more than 1 needs fast math, since threads cut rows differently")
+        self.directory = Path(checkpoint_dir)
+        self.rank = rank
+        self.fast_math = fast_math
+        self._local_slots = local_slots
+        self._kv_tokens = kv_tokens
+        self._dtype_name = dtype
+        self._num_spare = num_spare
+        self._num_threads = num_threads
+        self._count_experts = count_experts
+
+    def load_dense(self) -> None:
+        """Read all weights except routed experts, and check this processor's arithmetic. Raises CheckpointError, InvalidInputError."""
+        torch.set_num_threads(self._num_threads)
+        self.spec: ModelSpec = inspect_checkpoint(self.directory)
+        spec, family = self.spec, self.spec.family
+        self.dtype = _DTYPES[self._dtype_name or spec.dtype]
+        reader = TensorReader(spec.tensors)
+        self._model = build_model(spec, self.dtype)
+        self.dense_bytes = load_dense(self._model, spec, reader, self.dtype)
+        self.kv = PagedKV(spec.config["num_hidden_layers"], family.kv_shape(spec.config), self._kv_tokens)
+        layout = SlotLayout(family.parts(spec.expert_shape), self.dtype)
+        modules = [experts_module(self._model, layer) for layer in spec.moe_layers]
+        self.slots = ExpertSlots(
+            spec.num_layers,
+            self._local_slots,
+            spec.num_experts,
+            layout,
+            CheckpointSource(reader, layout, self._pieces),
+            bool(modules[0].is_transposed),
+            self._num_spare,
+        )
+        inner_multiple = 0 if self.fast_math else row_multiple([spec.intermediate_size])
+        self._row_multiple = 0 if self.fast_math else row_multiple(family.elementwise_lengths(spec.config))
+        self._layers = [LayerExperts(i, self.rank, m, self.slots, inner_multiple) for i, m in enumerate(modules)]
+        self._attention = AttentionState(self.kv)
+        for module, experts in zip(modules, self._layers, strict=True):
+            module.elastic_experts = experts  # type: ignore[assignment]
+        for decoder_layer in self._model.model.layers:
+            decoder_layer.self_attn.elastic_attention = self._attention
+        if not self.fast_math:
+            check_matmul([*linear_weights(self._model), *self.slots.matrices()])
+
+    def load_expert(self, load: SlotLoad) -> tuple[int, int]:
+        """Read one expert's bytes into a slot and verify them. Returns (digest, bytes read). Raises CheckpointError."""
+        return self.slots.load(load)
+
+    def run_step(
+        self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
+    ) -> StepOutput | PeerFailed | Interrupted:
+        """One forward over `work` (possibly empty); see `Engine`. Raises InvalidInputError when the KV pages do not suffice."""
+        for seq_id in release:
+            self.kv.release(seq_id)
+        for item in work:
+            self.kv.extend(item.seq_id, item.start, len(item.tokens))
+        num_tokens = sum(len(item.tokens) for item in work)
+        state = StepState(routing, dispatcher, step, num_tokens, [] if self._count_experts else None)
+        for layer in self._layers:
+            layer.state = state
+        try:
+            with torch.inference_mode():
+                logits = self._forward(work, state) if work else self._serve_only(state)
+        except StepVoid as void:
+            return void.outcome
+        counts = None if state.counts is None else [layer.tolist() for layer in state.counts]
+        return StepOutput(self._sample(work, logits), counts)
+
+    def close(self) -> None:
+        """Free everything. A second call does nothing."""
+        if hasattr(self, "slots"):
+            self.slots.close()
+        for name in ("_model", "slots", "kv", "_layers", "_attention"):
+            self.__dict__.pop(name, None)
+
+    def _pieces(self, layer: int, expert: int) -> list[Piece]:
+        spec = self.spec
+        return [
+            Piece(
+                tensor.name.format(layer=spec.moe_layers[layer], expert=expert),
+                None if "{expert}" in tensor.name else expert,
+                tensor.shape,
+                tensor.part,
+                tensor.first,
+            )
+            for tensor in spec.family.expert_tensors(spec.expert_shape)
+        ]
+
+    def _forward(self, work: Sequence[SequenceWork], state: StepState) -> torch.Tensor:
+        """Logits float32 [sampled sequences, vocab]."""
+        self._attention.runs = self.kv.runs([(item.seq_id, item.start, len(item.tokens)) for item in work])
+        self._attention.num_tokens = state.num_tokens
+        rows = state.num_tokens if self.fast_math else padded_rows(state.num_tokens, self._row_multiple)
+        ids = np.zeros((2, rows), dtype=np.int64)
+        sampled, end = [], 0
+        for item in work:
+            begin, end = end, end + len(item.tokens)
+            ids[0, begin:end] = item.tokens
+            ids[1, begin:end] = range(item.start, item.start + len(item.tokens))
+            if item.sample is not None:
+                sampled.append(end - 1)
+        both = torch.from_numpy(ids)
+        hidden = self._model.model(input_ids=both[:1], position_ids=both[1:], use_cache=False).last_hidden_state[0]
+        if not sampled:
+            return torch.empty(0, 0)
+        picked = sampled if self.fast_math else sampled + [sampled[0]] * (MIN_ROWS - len(sampled))
+        logits: torch.Tensor = self._model.lm_head(hidden[picked])
+        return logits[: len(sampled)].float()
+
+    def _serve_only(self, state: StepState) -> torch.Tensor:
+        """This rank has no tokens: it still serves its experts, layer by layer."""
+        spec = self.spec
+        x = torch.empty(0, spec.hidden_size, dtype=self.dtype)
+        ids = torch.empty(0, spec.num_experts_per_tok, dtype=torch.int64)
+        weights = torch.empty(0, spec.num_experts_per_tok, dtype=torch.float32)
+        for layer in self._layers:
+            layer.forward(x, ids, weights)
+        return torch.empty(0, 0)
+
+    def _sample(self, work: Sequence[SequenceWork], logits: torch.Tensor) -> list[SampledToken]:
+        out = []
+        rows = iter(logits.numpy())
+        for item in work:
+            if item.sample is not None:
+                token, logprob, top = sample(next(rows), item.sample, item.start + len(item.tokens))
+                out.append(SampledToken(item.seq_id, token, logprob, top))
+        return out

@@ -1,0 +1,128 @@
+"""The experts that this rank holds: slots, what is in each, and a few spare buffers for experts that have no slot."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from elastic_ep.core.errors import CheckpointError, InvalidInputError
+from elastic_ep.runtime.engine import SlotLoad
+from elastic_ep.runtime.weights.base import ExpertSource, SlotLayout, digest_of
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Views of one slot as the matrices that rows are multiplied with.
+
+    Attributes:
+        gate_up: [H, 2I]; down: [I, H]; views, transposed where the layout stores them the other way.
+        gate_up_bias, down_bias: [2I] and [H], or None.
+    """
+
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+
+class ExpertSlots:
+    """`num_layers` x `num_slots` slots of one layout.
+
+    Args:
+        is_transposed: the layout stores [in, out] matrices (GPT-OSS) instead of [out, in].
+        num_spare: buffers for streamed experts, over all layers.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_experts: int,
+        layout: SlotLayout,
+        source: ExpertSource,
+        is_transposed: bool,
+        num_spare: int,
+    ):
+        self.num_experts = num_experts
+        self.num_slots = num_slots
+        self._layout = layout
+        self._source = source
+        self._is_transposed = is_transposed
+        self._num_spare = num_spare
+        self._memory = [torch.zeros(num_slots, layout.num_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+        self._weights = [[self._as_weights(memory[slot]) for slot in range(num_slots)] for memory in self._memory]
+        self._held: list[dict[int, int]] = [{} for _ in range(num_layers)]
+        self._resident: list[dict[int, ExpertWeights]] = [{} for _ in range(num_layers)]
+        self._digests: dict[tuple[int, int], int] = {}
+        self._spare: OrderedDict[tuple[int, int], tuple[torch.Tensor, ExpertWeights]] = OrderedDict()
+
+    def find(self, layer: int, expert: int) -> ExpertWeights | None:
+        """The expert's weights in the lowest slot that holds it."""
+        return self._resident[layer].get(expert)
+
+    def load(self, load: SlotLoad) -> tuple[int, int]:
+        """Fill a slot. Returns (digest, bytes read). The slot holds nothing until its bytes are verified. Raises CheckpointError."""
+        layer, slot, expert = load
+        if not (0 <= layer < len(self._memory) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
+            raise InvalidInputError(
+                f"{load} is outside {len(self._memory)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
+            )
+        self._held[layer].pop(slot, None)
+        self._index(layer)
+        memory = self._memory[layer][slot]
+        num_bytes = self._source.read(layer, expert, memory)
+        digest = self._verify(layer, expert, memory)
+        self._held[layer][slot] = expert
+        self._index(layer)
+        return digest, num_bytes
+
+    def stream(self, layer: int, expert: int) -> ExpertWeights:
+        """The weights of an expert that has no slot, read into a spare buffer; the least recently used one gives way."""
+        key = (layer, expert)
+        if key in self._spare:
+            self._spare.move_to_end(key)
+            return self._spare[key][1]
+        if len(self._spare) >= self._num_spare:
+            memory, weights = self._spare.popitem(last=False)[1]
+        else:
+            memory = torch.zeros(self._layout.num_bytes, dtype=torch.uint8)
+            weights = self._as_weights(memory)
+        self._source.read(layer, expert, memory)
+        self._verify(layer, expert, memory)
+        self._spare[key] = (memory, weights)
+        return weights
+
+    def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
+        """uint8 [SlotLayout.num_bytes]: a slot's memory, for whoever sends it to a peer or backs it up."""
+        return self._memory[layer][slot]
+
+    def matrices(self) -> list[torch.Tensor]:
+        """One matrix of each shape and layout, [in, out]."""
+        weights = self._weights[0][0] if self.num_slots else self._as_weights(torch.zeros(self._layout.num_bytes, dtype=torch.uint8))
+        return [weights.gate_up, weights.down]
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _verify(self, layer: int, expert: int, memory: torch.Tensor) -> int:
+        digest = digest_of(memory)
+        known = self._digests.setdefault((layer, expert), digest)
+        if digest != known:
+            raise CheckpointError(
+                f"expert {expert} of MoE layer {layer} was read with digest {digest:016x}, its bytes had {known:016x} before; "
+                f"the checkpoint changed or the disk fails: restore the files and restart"
+            )
+        return digest
+
+    def _index(self, layer: int) -> None:
+        held = self._held[layer]
+        self._resident[layer] = {held[slot]: self._weights[layer][slot] for slot in sorted(held, reverse=True)}
+
+    def _as_weights(self, memory: torch.Tensor) -> ExpertWeights:
+        parts = self._layout.views(memory)
+        gate_up, down = parts["gate_up_proj"], parts["down_proj"]
+        if not self._is_transposed:
+            gate_up, down = gate_up.t(), down.t()
+        return ExpertWeights(gate_up, parts.get("gate_up_proj_bias"), down, parts.get("down_proj_bias"))

@@ -1,0 +1,17 @@
+"""Compiled parts. Each is optional at install time, so that the core works where there is no compiler; what needs one says so when it is missing."""
+
+from setuptools import Extension, setup
+
+COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+
+setup(
+    ext_modules=[
+        Extension(
+            "elastic_ep.models._kernels",
+            ["elastic_ep/models/_kernels.c"],
+            depends=["elastic_ep/models/_attention.h"],
+            extra_compile_args=COMPILE_ARGS,
+            optional=True,
+        ),
+    ]
+)

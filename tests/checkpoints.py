@@ -1,0 +1,93 @@
+"""Small random checkpoints of the four families, written as `save_pretrained` writes them. Logits are spread, so that greedy tokens vary."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3MoeConfig,
+)
+
+FAMILIES = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss")
+_SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512}
+
+
+def config_of(family: str, **changes: Any) -> PretrainedConfig:
+    """A tiny config: dense first layers, shared experts, tied embeddings, sliding windows and sinks, wherever the family has them."""
+    special: dict[str, dict[str, Any]] = {
+        "qwen3_moe": dict(
+            num_key_value_heads=2,
+            head_dim=24,
+            intermediate_size=96,
+            moe_intermediate_size=40,
+            num_experts=8,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
+            mlp_only_layers=[0],
+            tie_word_embeddings=True,
+        ),
+        "deepseek_v3": dict(
+            num_key_value_heads=4,
+            intermediate_size=96,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            n_group=4,
+            topk_group=2,
+            num_experts_per_tok=3,
+            first_k_dense_replace=1,
+            kv_lora_rank=32,
+            q_lora_rank=48,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=16,
+            v_head_dim=20,
+            num_nextn_predict_layers=0,
+        ),
+        "mixtral": dict(num_key_value_heads=1, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2, sliding_window=40),
+        "gpt_oss": dict(
+            num_key_value_heads=2, head_dim=16, intermediate_size=32, num_local_experts=6, num_experts_per_tok=2, sliding_window=16
+        ),
+    }
+    classes = {"qwen3_moe": Qwen3MoeConfig, "deepseek_v3": DeepseekV3Config, "mixtral": MixtralConfig, "gpt_oss": GptOssConfig}
+    return classes[family](**(_SIZES | special[family] | {"eos_token_id": None, "bos_token_id": None} | changes))
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights that keep activations near 1 and logits several units apart."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: torch.Tensor, std: float, mean: float = 0.0) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
+
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "inv_freq" in name:
+                continue
+            if tensor.ndim == 1 or name.endswith("_bias"):
+                is_norm = "norm" in name
+                normal(tensor, 0.1, 1.0 if is_norm else 0.0)
+            elif "embed_tokens" in name:
+                normal(tensor, 1.0 if not model.config.tie_word_embeddings else 0.6)
+            else:
+                fan_in = tensor.shape[-2] if tensor.ndim == 3 and model.config.model_type == "gpt_oss" else tensor.shape[-1]
+                normal(tensor, (4.0 if "lm_head" in name else 1.4) / math.sqrt(fan_in))
+
+
+def save_checkpoint(folder: Path, config: PretrainedConfig, dtype: str = "float32", seed: int = 1, **save: Any) -> Path:
+    """Write a random model of this config to `folder`."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed)
+    keep = {name: b for name, b in model.named_buffers() if "e_score_correction_bias" in name}
+    model.to(getattr(torch, dtype))
+    for name, buffer in keep.items():
+        parent, leaf = name.rpartition(".")[::2]
+        setattr(model.get_submodule(parent), leaf, buffer)
+    model.save_pretrained(folder, **save)
+    return folder
