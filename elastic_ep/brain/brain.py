@@ -74,6 +74,7 @@ class Transaction:
     started: float
     deadline: float
     work: dict[int, list[tuple[Sequence, SequenceWork]]] = field(default_factory=dict)
+    release: dict[int, tuple[int, ...]] = field(default_factory=dict)
     tokens: dict[int, SampledToken] = field(default_factory=dict)
     accusations: dict[int, dict[int, str]] = field(default_factory=dict)
     verdict_at: float | None = None
@@ -230,7 +231,7 @@ class Brain:
         self._fence_deadline = now + self.settings.fence_timeout_s
         if self.group.phase is Phase.DOWN:
             return
-        self.step = self.install = None
+        self._void()
         if not any(s.is_alive for s in self.seats):
             self.group.apply(Trigger.NO_RANK_LEFT, now=now, epoch=self.membership.epoch, reason=f"rank {rank} was the last: {seat.failure}")
             self._stop(f"no rank is left alive; the last, rank {rank}, failed: {seat.failure}")
@@ -241,6 +242,13 @@ class Brain:
             else:
                 self.record.restart(rank, cause.value)
         self.group.apply(Trigger.RANK_FAILED, now=now, epoch=self.membership.epoch, reason=f"rank {rank} {seat.failure}")
+
+    def _void(self) -> None:
+        """Nothing of the step or install in flight is kept, except that what it was to release is released with the next."""
+        if self.step:
+            for rank, seq_ids in self.step.release.items():
+                self._release[rank] = [*seq_ids, *self._release[rank]]
+        self.step = self.install = None
 
     def _on_fenced(self, event: RankFenced, now: float) -> None:
         seat = self.seats[event.rank]
@@ -300,14 +308,15 @@ class Brain:
         peers = {rank: self.seats[rank].address for rank in ranks}
         patience = self.settings.install_deadline_s(max(map(len, orders.values())))
         self.install = Transaction(self.membership.epoch, set(ranks), now, now + patience)
-        p2l = plan.placement.physical_to_logical_map.tolist()
-        quotas = None if plan.quotas is None else plan.quotas.tolist()
+        p2l = plan.placement.physical_to_logical_map.astype("<i4").tobytes()
+        quotas = None if plan.quotas is None else plan.quotas.astype("<f8").tobytes()
         streamed = tuple((layer, expert, rank) for (layer, expert), rank in sorted(plan.streamed.items()))
         for rank in ranks:
             message = Install(
                 epoch=self.membership.epoch,
                 active_ranks=self.membership.active,
                 slots_per_rank=topology.slots_per_rank,
+                num_layers=self.settings.num_layers,
                 num_experts=self.settings.plan.num_experts,
                 peers=peers,
                 physical_to_logical_map=p2l,
@@ -364,8 +373,8 @@ class Brain:
         self.steps_run += 1
         self.step = Transaction(self.steps_run, set(work), now, now + self.settings.step_timeout_s, work)
         for rank, items in work.items():
-            release, self._release[rank] = tuple(self._release[rank]), []
-            message = RunStep(self.membership.epoch, self.step.number, tuple(w for _, w in items), release)
+            self.step.release[rank], self._release[rank] = tuple(self._release[rank]), []
+            message = RunStep(self.membership.epoch, self.step.number, tuple(w for _, w in items), self.step.release[rank])
             self._out.append(Send(rank, message))
 
     def _on_step_done(self, seat: Seat, done: StepDone, now: float) -> None:
@@ -385,13 +394,13 @@ class Brain:
                     self._fail(rank, FailureCause.FATAL, f"no token for sequence {work.seq_id} in step {step.number}", now)
                     return
         self.step = None
-        for rank, items in step.work.items():
+        for items in step.work.values():
             for sequence, work in items:
-                self._commit_sequence(rank, sequence, work, step.tokens.get(work.seq_id))
+                self._commit_sequence(sequence, work, step.tokens.get(work.seq_id))
         if self.group.phase is Phase.RESUMING:
             self._resumed(now, f"step {step.number} committed")
 
-    def _commit_sequence(self, rank: int, sequence: Sequence, work: SequenceWork, token: SampledToken | None) -> None:
+    def _commit_sequence(self, sequence: Sequence, work: SequenceWork, token: SampledToken | None) -> None:
         request_id = sequence.request.request_id
         if self.requests.find(request_id) is not sequence:
             return
@@ -401,9 +410,8 @@ class Brain:
         self.tokens_committed += 1
         self._out.append(emit)
         if emit.finish:
-            self.requests.remove(request_id)
+            self._drop(request_id)
             self.requests.finished += 1
-            self._release[rank].append(sequence.seq_id)
 
     def _resumed(self, now: float, reason: str) -> None:
         self.group.apply(Trigger.COMMITTED, now=now, epoch=self.membership.epoch, reason=reason)
@@ -470,17 +478,20 @@ class Brain:
 
     # ---- requests and the end
 
-    def _on_cancelled(self, request_id: str) -> None:
+    def _drop(self, request_id: str) -> Sequence | None:
+        """Forget a request and let its home free its KV."""
         sequence = self.requests.remove(request_id)
-        if sequence is None:
-            return
-        self.requests.cancelled += 1
-        if sequence.home is not None:
+        if sequence is not None and sequence.home is not None:
             self._release[sequence.home].append(sequence.seq_id)
+        return sequence
+
+    def _on_cancelled(self, request_id: str) -> None:
+        if self._drop(request_id) is not None:
+            self.requests.cancelled += 1
 
     def _abort_all(self, reason: str) -> None:
         for sequence in [*self.requests.running.values(), *self.requests.waiting.values()]:
-            self.requests.remove(sequence.request.request_id)
+            self._drop(sequence.request.request_id)
             self.requests.failed += 1
             self._out.append(EmitToken(sequence.request.request_id, None, sequence.num_generated, "error", reason))
 
@@ -499,5 +510,5 @@ class Brain:
                 self._out.append(Send(seat.rank, Shutdown()))
         self._out.append(Stopped(error))
 
-    def _publish(self, kind: str, **data: Any) -> None:
+    def _publish(self, kind: str, /, **data: Any) -> None:
         self._out.append(Publish(kind, data))

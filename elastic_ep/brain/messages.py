@@ -159,8 +159,8 @@ class Install:
     Attributes:
         active_ranks: 1 = alive, [ep_size].
         peers: rank -> address, the active ranks (the receiver among them).
-        physical_to_logical_map: [L][P], -1 empty.
-        quotas: [L][P] or None for an even split.
+        physical_to_logical_map: int32 [num_layers, P] as bytes (little-endian, C order), -1 empty.
+        quotas: float64 [num_layers, P] as bytes, or None for an even split.
         streamed: [layer, expert, rank] triples for experts without a slot.
         loads: slots of the receiver to fill first.
     """
@@ -168,10 +168,11 @@ class Install:
     epoch: int
     active_ranks: tuple[int, ...]
     slots_per_rank: tuple[int, ...]
+    num_layers: int
     num_experts: int
     peers: dict[int, str]
-    physical_to_logical_map: list[list[int]]
-    quotas: list[list[float]] | None
+    physical_to_logical_map: bytes
+    quotas: bytes | None
     streamed: tuple[tuple[int, int, int], ...]
     loads: tuple[LoadOrder, ...]
     deadline_s: float

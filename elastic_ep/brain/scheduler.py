@@ -15,6 +15,7 @@ class SchedulerLimits:
 
     Attributes:
         kv_tokens: positions of KV a rank can hold. A sequence reserves its whole possible length, so nothing is ever evicted for room.
+        page_tokens: KV is reserved in pages of this many positions.
         max_sequences: sequences at home on one rank at once.
         max_batch_tokens: positions one rank computes in one step.
         prefill_chunk: positions of one sequence computed in one step.
@@ -24,6 +25,11 @@ class SchedulerLimits:
     max_sequences: int = 64
     max_batch_tokens: int = 512
     prefill_chunk: int = 128
+    page_tokens: int = 1
+
+    def reserved(self, num_tokens: int) -> int:
+        """Positions that a sequence of `num_tokens` takes: whole pages."""
+        return -(-num_tokens // self.page_tokens) * self.page_tokens
 
 
 def place_waiting(table: RequestTable, ranks: Iterable[int], limits: SchedulerLimits) -> list[Sequence]:
@@ -34,10 +40,10 @@ def place_waiting(table: RequestTable, ranks: Iterable[int], limits: SchedulerLi
     for sequence in table.running.values():
         assert sequence.home is not None
         count[sequence.home] += 1
-        reserved[sequence.home] += sequence.max_length
+        reserved[sequence.home] += limits.reserved(sequence.max_length)
     placed = []
     for sequence in list(table.waiting.values()):
-        need = sequence.max_length
+        need = limits.reserved(sequence.max_length)
         fits = [r for r in count if count[r] < limits.max_sequences and reserved[r] + need <= limits.kv_tokens]
         if not fits:
             break

@@ -150,8 +150,9 @@ class Rank:
                 loaded.append(LoadedSlot(load.layer, load.slot, *held))
         except CheckpointError as error:
             return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
-        placement = ExpertPlacement(np.array(order.physical_to_logical_map, dtype=np.int64), order.num_experts)
-        quotas = None if order.quotas is None else np.array(order.quotas)
+        shape = (order.num_layers, topology.num_slots)
+        placement = ExpertPlacement(np.frombuffer(order.physical_to_logical_map, "<i4").reshape(shape), order.num_experts)
+        quotas = None if order.quotas is None else np.frombuffer(order.quotas, "<f8").reshape(shape)
         streamed = {(layer, expert): rank for layer, expert, rank in order.streamed}
         self.routing = RoutingTable.build(order.epoch, placement, topology, quotas, streamed)
         self.faults.reach("install_end", epoch=order.epoch)

@@ -1,0 +1,90 @@
+"""What `elastic-ep serve` is told, checked once. Environment variables play no part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_ep.brain.planner import PlanSettings
+from elastic_ep.brain.scheduler import SchedulerLimits
+from elastic_ep.brain.settings import BrainSettings
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.topology import Topology
+from elastic_ep.models.kv import load_kernels
+from elastic_ep.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """One server: a checkpoint over `ep_size` ranks of this host.
+
+    Attributes:
+        num_redundant_experts: physical slots per layer beyond one per expert; rounded up so that slots divide over the ranks.
+        kv_tokens: positions of KV each rank can hold.
+        when_short: with fewer live slots than experts, "stream" the rest through a spare buffer, or "refuse" with 503.
+        detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
+        faults: rank -> list of {"point", "action", "nth"}; for tests.
+    """
+
+    checkpoint: str
+    ep_size: int
+    num_redundant_experts: int = 0
+    dtype: str | None = None
+    fast_math: bool = False
+    kv_tokens: int = 32768
+    max_sequences: int = 64
+    max_batch_tokens: int = 512
+    prefill_chunk: int = 128
+    max_waiting: int = 1024
+    max_model_len: int | None = None
+    served_model_name: str | None = None
+    when_short: str = "stream"
+    step_timeout_s: float = 10.0
+    heartbeat_timeout_s: float = 0.9
+    detect: bool = True
+    log_level: str = "WARNING"
+    faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def topology(self, num_experts: int) -> Topology:
+        """Slots evenly over the ranks: E + redundant, rounded up to a multiple of the ranks."""
+        if self.ep_size < 1:
+            raise InvalidInputError(f"--ep-size is {self.ep_size}; give at least 1")
+        if self.ep_size > num_experts:
+            raise InvalidInputError(f"--ep-size is {self.ep_size}, more than the model's {num_experts} experts; give at most {num_experts}")
+        if self.num_redundant_experts < 0:
+            raise InvalidInputError(f"--num-redundant-experts is {self.num_redundant_experts}; give 0 or more")
+        per_rank = -(-(num_experts + self.num_redundant_experts) // self.ep_size)
+        if per_rank > num_experts:
+            most = (num_experts - 1) * self.ep_size
+            raise InvalidInputError(
+                f"--num-redundant-experts is {self.num_redundant_experts}: {per_rank} slots per rank, but only {num_experts} experts "
+                f"to fill them; give at most {most}"
+            )
+        return Topology((per_rank,) * self.ep_size)
+
+    def model_len(self, spec: ModelSpec) -> int:
+        """Longest prompt + completion: what the model, the KV and `--max-model-len` allow."""
+        limit = min(spec.max_positions, self.kv_tokens)
+        if self.max_model_len is None:
+            return limit
+        if not 1 <= self.max_model_len <= limit:
+            raise InvalidInputError(
+                f"--max-model-len is {self.max_model_len}; give 1 to {limit} "
+                f"(the model has {spec.max_positions} positions, a rank holds {self.kv_tokens} tokens of KV)"
+            )
+        return self.max_model_len
+
+    def limits(self) -> SchedulerLimits:
+        return SchedulerLimits(self.kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, load_kernels().TILE)
+
+    def brain_settings(self, spec: ModelSpec) -> BrainSettings:
+        return BrainSettings(
+            topology=self.topology(spec.num_experts),
+            num_layers=spec.num_layers,
+            bytes_per_expert=spec.expert_bytes,
+            plan=PlanSettings(spec.num_experts, stream_when_short=self.when_short == "stream"),
+            limits=self.limits(),
+            heartbeat_timeout_s=self.heartbeat_timeout_s,
+            step_timeout_s=self.step_timeout_s,
+            max_waiting=self.max_waiting,
+        )

@@ -1,0 +1,316 @@
+"""The shell around the brain: sockets, processes, timers and streams on one asyncio loop. It decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from elastic_ep.brain import events as ev
+from elastic_ep.brain import planner
+from elastic_ep.brain.brain import Brain
+from elastic_ep.brain.events import FailureCause
+from elastic_ep.brain.messages import Hello, RankMessage
+from elastic_ep.core.errors import InsufficientSlotsError
+from elastic_ep.models.spec import ModelSpec
+from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
+from elastic_ep.runtime.launch.process import LocalProcess
+from elastic_ep.runtime.rank import RankConfig
+from elastic_ep.serving.backend import GenerationRequest, QueueFull, TokenEvent, Unavailable
+from elastic_ep.serving.config import ServeConfig
+from elastic_ep.serving.eventlog import EventLog
+from elastic_ep.serving.link import RankLink
+from elastic_ep.serving.metrics import Metrics
+from elastic_ep.serving.status import status_object
+
+log = logging.getLogger(__name__)
+
+EXIT_GRACE_S = 0.005
+"""A closed channel whose process ends within this is reported as an exit."""
+SHUTDOWN_TIMEOUT_S = 5.0
+
+
+class Controller:
+    """Owns the rank processes of one server and drives its brain. Use as an async context manager; `wait_serving` then waits for ranks."""
+
+    def __init__(self, config: ServeConfig, spec: ModelSpec, metrics: Metrics | None = None) -> None:
+        self.config = config
+        self.spec = spec
+        self.settings = config.brain_settings(spec)
+        self.metrics = metrics or Metrics()
+        self.eventlog = EventLog()
+        self.max_model_len = config.model_len(spec)
+        self.model_name = config.served_model_name or Path(config.checkpoint).resolve().name
+        self.vocab_size = spec.vocab_size
+        self.brain: Brain
+        self.error = ""
+        self._token = secrets.token_hex(16)
+        self._links: dict[tuple[int, int], RankLink] = {}
+        self._processes: dict[tuple[int, int], LocalProcess] = {}
+        self._fencing: set[tuple[int, int]] = set()
+        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._queue: deque[ev.Event] = deque()
+        self._draining = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+
+    # ---- life
+
+    async def __aenter__(self) -> Controller:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Start the ranks; they load while this returns."""
+        self._loop = asyncio.get_running_loop()
+        self.stopped = asyncio.Event()
+        self.serving = asyncio.Event()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="elastic-ep-"))
+        control = self._run_dir / "control.sock"
+        self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
+        self.brain = Brain(self.settings, self._loop.time())
+        self._launcher = Launcher(
+            "elastic_ep.models.worker:preload", str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost
+        )
+        self._launcher.start(self._loop)
+        for rank in range(self.config.ep_size):
+            self._launcher.spawn(rank, 0, "elastic_ep.models.worker:rank_main", self._rank_program(rank, 0, f"unix:{control}"))
+        self._set_timer()
+
+    def _rank_program(self, rank: int, incarnation: int, control: str) -> dict[str, Any]:
+        listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
+        config = RankConfig(rank, incarnation, control, listen, self._token, exchange_timeout_s=self.settings.step_timeout_s / 2)
+        engine = {
+            "checkpoint_dir": str(self.config.checkpoint),
+            "rank": rank,
+            "local_slots": self.settings.topology.slots_per_rank[rank],
+            "dtype": self.config.dtype,
+            "kv_tokens": self.config.kv_tokens,
+            "fast_math": self.config.fast_math,
+        }
+        return {"rank": asdict(config), "engine": engine, "log_level": self.config.log_level, "faults": self.config.faults.get(rank, [])}
+
+    async def wait_serving(self) -> None:
+        """Until the first epoch is installed. Raises Unavailable with the reason if it never will be."""
+        waits = [asyncio.ensure_future(self.serving.wait()), asyncio.ensure_future(self.stopped.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if not self.serving.is_set():
+            raise Unavailable(self.error or "the server was stopped while it started")
+
+    def request_stop(self) -> None:
+        """Finish what runs, take nothing new, then stop the ranks (`stopped` is set)."""
+        self._feed(ev.StopRequested())
+
+    async def close(self) -> None:
+        """Stop the ranks now and remove every trace. What still runs is lost to its clients."""
+        if self._timer:
+            self._timer.cancel()
+        self._server.close()
+        for link in list(self._links.values()):
+            link.close()
+        pending = [p for p in self._processes.values() if not p.has_exited]
+        deadline = self._loop.time() + SHUTDOWN_TIMEOUT_S
+        while any(not p.has_exited for p in pending) and self._loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        for process in pending:
+            process.kill()
+        for process in self._processes.values():
+            process.close()
+        await self._loop.run_in_executor(None, self._launcher.close)
+        self.eventlog.close()
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    # ---- the brain's loop
+
+    def _feed(self, event: ev.Event) -> None:
+        """Hand an event to the brain and carry out what it answers; events that arise meanwhile wait their turn."""
+        self._queue.append(event)
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while self._queue:
+                for command in self.brain.handle(self._queue.popleft(), self._loop.time()):
+                    self._execute(command)
+        finally:
+            self._draining = False
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        due = self.brain.next_deadline()
+        if due is None or (self._timer_at is not None and self._timer_at <= due):
+            return  # an earlier timer fires, finds nothing due and sets the next: cheaper than one cancel per event
+        if self._timer:
+            self._timer.cancel()
+        self._timer, self._timer_at = self._loop.call_at(due, self._on_timer), due
+
+    def _on_timer(self) -> None:
+        self._timer = self._timer_at = None
+        due = self.brain.next_deadline()
+        if due is not None and due <= self._loop.time():
+            self._feed(ev.TimePassed())
+        else:
+            self._set_timer()
+
+    def _execute(self, command: ev.Command) -> None:
+        match command:
+            case ev.Send():
+                link = self._links.get((command.rank, self.brain.seats[command.rank].incarnation))
+                if link is not None:
+                    link.send(command.message)
+            case ev.EmitToken():
+                self._emit(command)
+            case ev.Publish():
+                self.metrics.event(command.kind, command.data)
+                self.eventlog.publish(command.kind, command.data)
+                if command.kind == "installed":
+                    self.serving.set()
+            case ev.Fence():
+                self._fence(command.rank, command.incarnation)
+            case ev.MakePlan():
+                self._make_plan(command)
+            case ev.Probe():
+                self._probe(command.rank, command.incarnation)
+            case ev.Stopped():
+                self.error = command.error
+                self.stopped.set()
+
+    def _make_plan(self, command: ev.MakePlan) -> None:
+        brain = self.brain
+        try:
+            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, brain.contents.experts)
+            self._queue.append(ev.Planned(command.epoch, plan))
+        except InsufficientSlotsError as error:
+            self._queue.append(ev.Planned(command.epoch, None, str(error)))
+
+    # ---- ranks
+
+    def _make_link(self) -> RankLink:
+        return RankLink(self._token, self._on_hello, self._on_message, self._on_link_closed)
+
+    def _on_hello(self, link: RankLink, hello: Hello) -> None:
+        key = (hello.rank, hello.incarnation)
+        if not 0 <= hello.rank < self.config.ep_size or key in self._links:
+            link.close()
+            return
+        self._links[key] = link
+        self._feed(ev.RankConnected(hello))
+
+    def _on_message(self, link: RankLink, message: RankMessage) -> None:
+        assert link.hello is not None
+        self._feed(ev.RankSaid(link.hello.rank, link.hello.incarnation, message))
+
+    def _on_link_closed(self, link: RankLink) -> None:
+        if link.hello is None:
+            return
+        key = (link.hello.rank, link.hello.incarnation)
+        self._links.pop(key, None)
+        process = self._processes.get(key)
+        if process is None or not process.has_exited:
+            self._loop.call_later(EXIT_GRACE_S, self._fail, *key, FailureCause.CHANNEL_CLOSED, "")
+
+    def _fail(self, rank: int, incarnation: int, cause: FailureCause, detail: str) -> None:
+        if self.config.detect and not self.stopped.is_set():
+            self._feed(ev.RankFailed(rank, incarnation, cause, detail))
+
+    def _on_process_event(self, event: ProcessEvent) -> None:
+        key = (event.rank, event.incarnation)
+        if event.kind == "spawned":
+            process = LocalProcess(event.pid, self._loop, lambda: self._on_exit(*key))
+            self._processes[key] = process
+            process.watch()
+        elif event.kind == "stopped":
+            self._fail(*key, FailureCause.STOPPED, event.status)
+
+    def _on_exit(self, rank: int, incarnation: int) -> None:
+        link = self._links.pop((rank, incarnation), None)
+        if link is not None:
+            link.close()
+        self._fail(rank, incarnation, FailureCause.EXITED, "")
+        if (rank, incarnation) in self._fencing:
+            self._fenced(rank, incarnation)
+
+    def _on_launcher_lost(self) -> None:
+        if not self.stopped.is_set():
+            log.error("the launcher process ended; running ranks go on, stops are now noticed by heartbeat alone")
+
+    def _fence(self, rank: int, incarnation: int) -> None:
+        link = self._links.pop((rank, incarnation), None)
+        if link is not None:
+            link.close()
+        process = self._processes.get((rank, incarnation))
+        self._fencing.add((rank, incarnation))
+        if process is None or process.has_exited:
+            self._fenced(rank, incarnation)
+        else:
+            process.kill()
+
+    def _fenced(self, rank: int, incarnation: int) -> None:
+        self._fencing.discard((rank, incarnation))
+        self._feed(ev.RankFenced(rank, incarnation))
+
+    def _probe(self, rank: int, incarnation: int) -> None:
+        process = self._processes.get((rank, incarnation))
+        state = process.state() if process else ""
+        if state in ("R", "S", "D"):
+            self._feed(ev.RankRuns(rank, incarnation))
+        elif state in ("T", "t"):
+            self._fail(rank, incarnation, FailureCause.STOPPED, "seen stopped")
+        else:
+            self._fail(rank, incarnation, FailureCause.HEARTBEAT, f"silent for {self.settings.heartbeat_timeout_s:g} s")
+
+    # ---- Backend
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        refusal = self.brain.refusal()
+        if refusal is not None:
+            kind, reason = refusal
+            raise QueueFull(reason) if kind == "queue_full" else Unavailable(reason)
+        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        self._feed(
+            ev.Submitted(ev.Request(request.request_id, request.prompt_ids, request.max_tokens, request.sampling, request.eos_ids))
+        )
+        return self._stream(request.request_id, queue)
+
+    async def _stream(self, request_id: str, queue: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
+        try:
+            while True:
+                event = await queue.get()
+                yield event
+                if event.finish:
+                    return
+        finally:
+            if self._streams.pop(request_id, None) is not None and not self.stopped.is_set():
+                self._feed(ev.Cancelled(request_id))
+
+    def _emit(self, command: ev.EmitToken) -> None:
+        queue = self._streams.get(command.request_id)
+        if queue is not None:
+            queue.put_nowait(TokenEvent(command.token, command.index, command.finish, command.error))  # type: ignore[arg-type]
+
+    def status(self) -> dict[str, Any]:
+        return status_object(self.brain, {key: process.pid for key, process in self._processes.items()})
+
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        return self.eventlog.subscribe()
+
+    def health(self) -> tuple[bool, str]:
+        refusal = self.brain.refusal()
+        if not self.serving.is_set():
+            return False, "ranks are loading"
+        if refusal is not None and refusal[0] == "unavailable":
+            return False, refusal[1]
+        return True, self.brain.group.phase.value

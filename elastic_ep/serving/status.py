@@ -1,0 +1,51 @@
+"""The object of `/elastic/status`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from elastic_ep.brain.brain import Brain
+
+
+def status_object(brain: Brain, pids: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+    """A snapshot. `pids` maps (rank, incarnation) to process ids known before the rank's own hello."""
+    requests = brain.requests
+    running = dict.fromkeys(range(len(brain.seats)), 0)
+    for sequence in requests.running.values():
+        if sequence.home is not None:
+            running[sequence.home] += 1
+    slots = brain.settings.topology.slots_per_rank
+    ranks = [
+        {
+            "rank": seat.rank,
+            "pid": seat.pid or pids.get((seat.rank, seat.incarnation)),
+            "host": seat.host,
+            "device": "cpu",
+            "state": seat.state.value,
+            "slots": slots[seat.rank],
+            "running_requests": running[seat.rank],
+            "failure": seat.failure,
+        }
+        for seat in brain.seats
+    ]
+    records = [*brain.recoveries, *([brain.record] if brain.record else [])]
+    return {
+        "phase": brain.group.phase.value,
+        "epoch": brain.membership.epoch,
+        "ep_size": brain.membership.ep_size,
+        "active_ranks": list(brain.membership.active),
+        "ranks": ranks,
+        "survives": brain.plan.survives if brain.plan else {},
+        "streamed_experts": len(brain.plan.streamed) if brain.plan else 0,
+        "recoveries": [record.as_status() for record in records],
+        "steps": brain.steps_run,
+        "tokens_committed": brain.tokens_committed,
+        "requests": {
+            "running": len(requests.running),
+            "waiting": len(requests.waiting),
+            "finished": requests.finished,
+            "failed": requests.failed,
+            "cancelled": requests.cancelled,
+        },
+    }

@@ -1,0 +1,160 @@
+"""A brain with ranks made of a few lines: they answer at once, or not at all when a test says so. Time moves only when a test moves it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict, deque
+
+from elastic_ep.brain import events as ev
+from elastic_ep.brain import planner
+from elastic_ep.brain.brain import Brain
+from elastic_ep.brain.messages import (
+    DenseLoaded,
+    Heartbeat,
+    Hello,
+    Install,
+    Installed,
+    LoadedSlot,
+    RunStep,
+    SampledToken,
+    SamplingParams,
+    StepDone,
+)
+from elastic_ep.brain.planner import PlanSettings
+from elastic_ep.brain.scheduler import SchedulerLimits
+from elastic_ep.brain.settings import BrainSettings
+from elastic_ep.core.errors import InsufficientSlotsError
+from elastic_ep.core.topology import Topology
+
+
+def next_token(prefix: list[int]) -> int:
+    """The token a fault-free run gives after `prefix`."""
+    return int.from_bytes(hashlib.blake2b(repr(prefix).encode(), digest_size=2).digest(), "little")
+
+
+class World:
+    """Ranks that keep KV as lists of tokens and compute `next_token`. Whoever is in `mute` says nothing; whoever is `wedged` only beats."""
+
+    def __init__(self, ep_size=4, num_experts=8, slots_per_rank=3, num_layers=2, stream=True, **settings):
+        limits = settings.pop("limits", SchedulerLimits(kv_tokens=1000, max_sequences=8, max_batch_tokens=16, prefill_chunk=4))
+        self.settings = BrainSettings(
+            Topology((slots_per_rank,) * ep_size), num_layers, 1000, PlanSettings(num_experts, stream), limits, **settings
+        )
+        self.now = 0.0
+        self.brain = Brain(self.settings, self.now)
+        self.mute: set[int] = set()
+        self.wedged: set[int] = set()
+        self.unfenceable: set[int] = set()
+        self.kv: dict[int, dict[int, list[int]]] = defaultdict(dict)
+        self.received: dict[int, list[int]] = defaultdict(list)
+        self.finished: dict[str, str] = {}
+        self.commands: list[ev.Command] = []
+        self.inbox: deque[tuple[int, object]] = deque()
+        self.plans: list[ev.GroupPlan] = []
+
+    def feed(self, event: ev.Event) -> None:
+        queue = deque([event])
+        while queue:
+            for command in self.brain.handle(queue.popleft(), self.now):
+                self.commands.append(command)
+                match command:
+                    case ev.Send():
+                        if command.rank not in self.mute | self.wedged:
+                            self.inbox.append((command.rank, command.message))
+                    case ev.Fence():
+                        self.mute.add(command.rank)
+                        if command.rank not in self.unfenceable:
+                            queue.append(ev.RankFenced(command.rank, command.incarnation))
+                    case ev.MakePlan():
+                        queue.append(self.make_plan(command))
+                    case ev.EmitToken():
+                        if command.token is not None:
+                            assert command.index == len(self.received[command.request_id]), "a token was lost or came twice"
+                            self.received[command.request_id].append(command.token.token)
+                        if command.finish:
+                            self.finished[command.request_id] = command.finish
+
+    def make_plan(self, command: ev.MakePlan) -> ev.Planned:
+        try:
+            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, self.brain.contents.experts)
+        except InsufficientSlotsError as error:
+            return ev.Planned(command.epoch, None, str(error))
+        self.plans.append(plan)
+        return ev.Planned(command.epoch, plan)
+
+    def say(self, rank: int, message: object) -> None:
+        self.feed(ev.RankSaid(rank, 0, message))
+
+    def boot(self) -> World:
+        for rank in range(self.settings.topology.ep_size):
+            self.feed(ev.RankConnected(Hello(rank, 0, 100 + rank, "h", "t", f"unix:/{rank}")))
+            self.say(rank, DenseLoaded(0, 1.0))
+        self.settle()
+        return self
+
+    def answer(self) -> bool:
+        """One rank answers one message. False when nothing is left to answer."""
+        if not self.inbox:
+            return False
+        rank, message = self.inbox.popleft()
+        if rank in self.mute:
+            return True
+        match message:
+            case Install():
+                loaded = tuple(LoadedSlot(o.layer, o.slot, o.expert, 7) for o in message.loads)
+                self.say(rank, Installed(message.epoch, loaded, 1000 * len(loaded), 0.1))
+            case RunStep():
+                for seq_id in message.release:
+                    self.kv[rank].pop(seq_id, None)  # a release may come twice, or for what never arrived
+                self.say(rank, StepDone(message.epoch, message.step, tuple(self.compute(rank, message)), 1.0))
+        return True
+
+    def compute(self, rank: int, message: RunStep) -> list[SampledToken]:
+        out = []
+        for work in message.work:
+            kv = self.kv[rank].setdefault(work.seq_id, [])
+            assert work.start <= len(kv), "a hole in the KV"
+            kv[work.start :] = work.tokens
+            if work.sample is not None:
+                out.append(SampledToken(work.seq_id, next_token(kv)))
+        return out
+
+    def settle(self, limit: int = 100_000) -> None:
+        for _ in range(limit):
+            if not self.answer():
+                return
+        raise AssertionError("the world does not settle")
+
+    def settle_until(self, done) -> None:
+        while not done():
+            assert self.answer(), "settled before the condition held"
+
+    def pass_time(self, seconds: float, beat: bool = True) -> None:
+        """Let time pass in the brain's own deadlines; living ranks beat."""
+        end = self.now + seconds
+        while True:
+            due = self.brain.next_deadline()
+            self.now = min(end, max(self.now, due)) if due is not None else end
+            if beat:
+                for seat in self.brain.seats:
+                    if seat.is_alive and seat.rank not in self.mute:
+                        self.say(seat.rank, Heartbeat(0))
+            due = self.brain.next_deadline()
+            if due is not None and due <= self.now:
+                self.feed(ev.TimePassed())
+            if self.now >= end:
+                return
+
+    def submit(self, request_id: str, prompt: list[int], max_tokens: int, eos: frozenset[int] = frozenset()) -> None:
+        self.feed(ev.Submitted(ev.Request(request_id, tuple(prompt), max_tokens, SamplingParams(temperature=0.0), eos)))
+
+    def kill(self, rank: int, cause: ev.FailureCause = ev.FailureCause.EXITED) -> None:
+        self.mute.add(rank)
+        self.feed(ev.RankFailed(rank, 0, cause))
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]

@@ -1,0 +1,481 @@
+"""The brain: steps as transactions, failures in every phase, tokens exactly once and the same."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from elastic_ep.brain import events as ev
+from elastic_ep.brain.events import FailureCause
+from elastic_ep.brain.messages import DenseLoaded, Hello, Install, InstallFailed, RankFatal, RunStep, Shutdown, StepDone, StepFailed
+from elastic_ep.brain.scheduler import SchedulerLimits
+from elastic_ep.core.recovery import Phase, Tier
+from tests.brain.harness import World, expected
+
+PROMPTS = {f"r{i}": [i + 1] * (3 + 5 * i % 11) for i in range(6)}
+
+
+def serve_all(world: World, count: int = 10) -> None:
+    for request_id, prompt in PROMPTS.items():
+        world.submit(request_id, prompt, count)
+
+
+def check_all(world: World, count: int = 10) -> None:
+    for request_id, prompt in PROMPTS.items():
+        assert world.received[request_id] == expected(prompt, count), request_id
+        assert world.finished[request_id] == "length"
+
+
+def test_boot_installs_every_expert_once_all_ranks_are_ready():
+    world = World().boot()
+    assert world.brain.group.phase is Phase.SERVING
+    assert world.brain.membership.epoch == 1
+    assert not world.plans[-1].placement.missing_experts()
+    assert (world.brain.contents.experts == world.plans[-1].placement.physical_to_logical_map).all()
+
+
+def test_requests_are_served_in_chunks_beside_decodes():
+    world = World().boot()
+    serve_all(world)
+    world.settle()
+    check_all(world)
+    assert world.brain.requests.finished == len(PROMPTS)
+    assert world.brain.step is None
+
+
+def test_kv_is_released_on_the_home_rank():
+    world = World().boot()
+    serve_all(world)
+    world.settle()
+    world.submit("again", [1, 2], 1)  # releases travel with the next step
+    world.settle()
+    assert sum(len(kv) for kv in world.kv.values()) <= 1
+
+
+def test_end_of_sequence_stops():
+    world = World().boot()
+    eos = expected([5, 6], 4)[3]
+    world.submit("a", [5, 6], 100, frozenset([eos]))
+    world.settle()
+    assert world.received["a"] == expected([5, 6], 4)
+    assert world.finished["a"] == "stop"
+
+
+@pytest.mark.parametrize("cause", [FailureCause.EXITED, FailureCause.STOPPED, FailureCause.CHANNEL_CLOSED])
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_one_rank_fails_after_any_number_of_answers(cause, after):
+    world = World().boot()
+    serve_all(world)
+    for _ in range(after):
+        world.answer()
+    world.kill(after % 4, cause)
+    world.settle()
+    check_all(world)
+    assert world.brain.requests.failed == 0
+    assert [list(r.ranks) for r in world.brain.recoveries] == [[after % 4]]
+
+
+def test_failures_until_one_rank_is_left():
+    world = World(slots_per_rank=8).boot()
+    serve_all(world, 40)
+    for rank in (0, 2, 3):
+        for _ in range(9):
+            world.answer()
+        world.kill(rank)
+    world.settle()
+    check_all(world, 40)
+    assert world.brain.membership.ranks == (1,)
+
+
+def test_second_failure_while_installing_keeps_what_was_loaded():
+    world = World(num_layers=8).boot()
+    serve_all(world)
+    world.inbox.clear()
+    world.kill(1)
+    assert world.brain.plan.loads
+    before = world.brain.contents.experts.copy()
+    while (world.brain.contents.experts == before).all():
+        world.answer()
+    (who,) = {int(slot) // 3 for _, slot in zip(*(world.brain.contents.experts != before).nonzero(), strict=True)}
+    world.kill(3 if who != 3 else 2)
+    orders = [order for rank, m in world.inbox if isinstance(m, Install) and m.epoch == 3 for order in m.loads]
+    held = world.brain.contents.experts
+    assert not [order for order in orders if held[order.layer, order.slot] == order.expert], "loaded already"
+    world.settle()
+    check_all(world)
+    record = world.brain.recoveries[-1]
+    assert record.ranks == [1, 3 if who != 3 else 2]
+    assert world.brain.membership.epoch == 3
+
+
+def test_failure_while_fencing_waits_for_both():
+    world = World().boot()
+    serve_all(world)
+    world.unfenceable = {1, 2}
+    world.kill(1)
+    world.kill(2)
+    assert world.brain.group.phase is Phase.FENCING
+    world.feed(ev.RankFenced(1, 0))
+    assert world.brain.group.phase is Phase.FENCING
+    world.feed(ev.RankFenced(2, 0))
+    world.settle()
+    check_all(world)
+
+
+def test_a_process_that_cannot_be_killed_is_shut_out_by_its_epoch():
+    world = World().boot()
+    serve_all(world)
+    world.unfenceable = {1}
+    world.kill(1)
+    world.settle()
+    assert world.brain.group.phase is Phase.FENCING
+    world.pass_time(3.0)
+    world.settle()
+    check_all(world)
+    world.say(1, StepDone(1, 1, (), 1.0))  # it wakes up and speaks: nothing changes
+    assert world.brain.membership.ranks == (0, 2, 3)
+
+
+def test_a_step_that_saw_a_fault_commits_nothing():
+    world = World().boot()
+    world.submit("a", [1, 2, 3], 5)
+    first = world.brain.step
+    ranks = [rank for rank, message in world.inbox if isinstance(message, RunStep)]
+    for _ in ranks[:-1]:
+        world.answer()
+    assert world.received["a"] == []
+    world.kill(ranks[-1])
+    assert world.brain.step is None
+    world.say(ranks[0], StepDone(1, first.number, (), 1.0))
+    world.settle()
+    assert world.received["a"] == expected([1, 2, 3], 5)
+
+
+def test_stale_answers_are_ignored():
+    world = World().boot()
+    world.submit("a", [1], 3)
+    world.say(2, StepFailed(0, 1, {3: "closed"}))
+    world.say(2, StepFailed(1, 99, {3: "closed"}))
+    world.settle()
+    assert world.brain.membership.epoch == 1
+
+
+def test_peers_accuse_a_rank_that_still_beats():
+    world = World().boot()
+    serve_all(world)
+    world.mute.add(2)
+    step = world.brain.step
+    for rank in (0, 1, 3):
+        world.say(rank, StepFailed(1, step.number, {2: "deadline"}))
+    assert world.brain.seats[2].failure.startswith("peers")
+    world.settle()
+    check_all(world)
+
+
+def test_one_accusation_waits_for_the_window():
+    world = World().boot()
+    serve_all(world)
+    world.inbox.clear()
+    world.say(0, StepFailed(1, world.brain.step.number, {2: "closed"}))
+    assert world.brain.group.phase is Phase.SERVING
+    world.pass_time(0.03)
+    assert not world.brain.seats[2].is_alive
+    world.settle()
+    check_all(world)
+
+
+def test_accusation_of_a_dead_rank_is_explained():
+    world = World().boot()
+    serve_all(world)
+    world.inbox.clear()
+    number = world.brain.step.number
+    world.kill(2)
+    world.say(0, StepFailed(1, number, {2: "closed"}))
+    world.settle()
+    check_all(world)
+    assert world.brain.membership.ranks == (0, 1, 3)
+
+
+def test_wedged_after_its_last_exchange():
+    world = World().boot()
+    serve_all(world)
+    world.wedged.add(1)
+    world.settle()
+    world.pass_time(9.0)
+    assert world.brain.seats[1].is_alive
+    world.pass_time(2.0)
+    assert world.brain.seats[1].failure == "wedged: step 2 not done after 10.0 s"
+    world.settle()
+    check_all(world)
+
+
+def test_wedged_while_installing():
+    world = World().boot()
+    serve_all(world)
+    world.wedged.add(2)
+    world.kill(0)
+    world.settle()
+    world.pass_time(11.0)
+    assert world.brain.seats[2].failure.startswith("wedged: install 2 not done")
+    world.settle()
+    check_all(world)
+
+
+def test_a_group_that_is_slow_as_a_whole_is_given_time():
+    world = World().boot()
+    world.submit("a", [1], 2)
+    held, world.inbox = list(world.inbox), type(world.inbox)()
+    world.pass_time(25.0)
+    assert world.brain.membership.epoch == 1
+    world.inbox.extend(held)
+    world.settle()
+    assert world.received["a"] == expected([1], 2)
+
+
+def test_silence_is_probed_before_it_is_death():
+    world = World().boot()
+    world.mute.add(1)
+    world.pass_time(1.0)
+    assert [c for c in world.commands if isinstance(c, ev.Probe)] == [ev.Probe(1, 0)]
+    assert world.brain.seats[1].is_alive
+    world.feed(ev.RankRuns(1, 0))
+    world.pass_time(1.0)
+    world.feed(ev.RankFailed(1, 0, FailureCause.HEARTBEAT, "silent"))
+    world.settle()
+    assert world.brain.membership.ranks == (0, 2, 3)
+
+
+def test_idle_death_recovers_without_a_step():
+    world = World().boot()
+    world.kill(0)
+    world.settle()
+    assert world.brain.group.phase is Phase.SERVING
+    record = world.brain.recoveries[-1]
+    assert record.resumed is not None
+    serve_all(world)
+    world.settle()
+    check_all(world)
+
+
+def test_tier_mask_when_every_expert_has_a_replica():
+    world = World(ep_size=2, slots_per_rank=8).boot()
+    world.submit("a", [1], 5)
+    world.kill(1)
+    world.settle()
+    record = world.brain.recoveries[-1]
+    assert record.tier is Tier.MASK
+    assert record.experts_lost == 0
+    assert record.bytes_moved == {"peer": 0, "host": 0, "checkpoint": 0}
+
+
+def test_phases_add_up_to_the_stall():
+    world = World().boot()
+    serve_all(world)
+    world.now = 1.0
+    world.unfenceable = {0}
+    world.kill(0)
+    world.now = 1.25
+    world.feed(ev.RankFenced(0, 0))
+    world.now = 1.5
+    world.settle()
+    status = world.brain.recoveries[-1].as_status()
+    phases = [status[k] for k in ("detect_ms", "agree_ms", "plan_ms", "move_ms", "resume_ms")]
+    assert status["stall_ms"] == pytest.approx(sum(phases))
+    assert status["agree_ms"] == pytest.approx(250)
+
+
+def test_too_few_slots_streams_the_rest():
+    world = World().boot()
+    serve_all(world)
+    world.kill(0)
+    world.settle()
+    world.kill(1)
+    world.settle()
+    check_all(world)
+    plan = world.brain.plan
+    assert len(plan.streamed) == 2 * (8 - 6)
+    assert set(plan.streamed.values()) <= {2, 3}
+
+
+def test_too_few_slots_refuses_with_the_numbers():
+    world = World(stream=False).boot()
+    serve_all(world)
+    world.kill(0)
+    world.settle()
+    for request_id, prompt in PROMPTS.items():
+        world.submit(request_id + "b", prompt, 10)
+    world.kill(1)
+    world.settle()
+    assert world.brain.group.phase is Phase.REFUSING
+    kind, reason = world.brain.refusal()
+    assert kind == "unavailable"
+    assert "6 live slots cannot hold 8 experts" in reason
+    assert all(world.finished[r + "b"] in ("error", "length") for r in PROMPTS)
+    world.kill(2)  # more may fail; the reason stands
+
+
+def test_last_rank_dies():
+    world = World(ep_size=1, slots_per_rank=8).boot()
+    world.submit("a", [1], 5)
+    world.kill(0)
+    assert world.brain.group.phase is Phase.DOWN
+    assert world.finished["a"] == "error"
+    assert isinstance(world.commands[-1], ev.Stopped)
+
+
+def test_a_rank_dies_while_starting():
+    world = World()
+    for rank in range(4):
+        world.feed(ev.RankConnected(Hello(rank, 0, 1, "h", "t", "")))
+    world.kill(2)
+    for rank in (0, 1, 3):
+        world.say(rank, DenseLoaded(0, 1.0))
+    world.settle()
+    assert world.brain.membership.ranks == (0, 1, 3)
+    serve_all(world)
+    world.settle()
+    check_all(world)
+
+
+def test_a_bad_checkpoint_at_start_stops_the_server():
+    world = World()
+    world.feed(ev.RankConnected(Hello(0, 0, 1, "h", "t", "")))
+    world.say(0, RankFatal("tensor x is truncated"))
+    assert ev.Stopped("tensor x is truncated") in world.commands
+
+
+def test_a_fatal_error_later_costs_one_rank():
+    world = World().boot()
+    serve_all(world)
+    world.mute.add(1)
+    world.say(1, RankFatal("slot holds another expert"))
+    world.settle()
+    check_all(world)
+    assert world.brain.membership.ranks == (0, 2, 3)
+
+
+def test_boot_timeout_goes_on_without_the_missing():
+    world = World(boot_timeout_s=5.0)
+    for rank in (0, 1, 2):
+        world.feed(ev.RankConnected(Hello(rank, 0, 1, "h", "t", "")))
+        world.say(rank, DenseLoaded(0, 1.0))
+    world.mute.add(3)
+    world.pass_time(6.0)
+    world.settle()
+    assert world.brain.membership.ranks == (0, 1, 2)
+
+
+def test_unreachable_peer_during_install():
+    world = World().boot()
+    serve_all(world)
+    world.kill(0)
+    epoch = world.brain.membership.epoch
+    world.inbox.clear()
+    for rank in (1, 2):
+        world.say(rank, InstallFailed(epoch, (), {3: "deadline"}, ""))
+    assert not world.brain.seats[3].is_alive
+    world.settle()
+    check_all(world)
+
+
+def test_cancel_releases_and_counts():
+    world = World().boot()
+    serve_all(world, 50)
+    for _ in range(20):
+        world.answer()
+    world.feed(ev.Cancelled("r1"))
+    world.settle()
+    assert world.brain.requests.cancelled == 1
+    assert "r1" not in world.finished
+    assert world.received["r2"] == expected(PROMPTS["r2"], 50)
+
+
+def test_releases_of_a_void_step_are_sent_again():
+    world = World().boot()
+    world.submit("short", [1], 1)
+    world.submit("long", [2], 30)
+    world.settle_until(lambda: "short" in world.finished)
+    home = next(rank for rank, kv in world.kv.items() if 0 in kv)
+    other = next(r for r in range(4) if r not in (home, world.brain.requests.running["long"].home))
+    world.inbox.clear()  # the step that carries the release never arrives
+    world.kill(other)
+    world.settle()
+    assert 0 not in world.kv[home]
+
+
+def test_cancel_of_an_unknown_request_is_nothing():
+    world = World().boot()
+    world.feed(ev.Cancelled("nobody"))
+    assert world.brain.requests.cancelled == 0
+
+
+def test_waiting_limit():
+    world = World(max_waiting=2).boot()
+    for i in range(3):
+        assert world.brain.refusal() is None
+        world.submit(f"x{i}", [1], 11)
+    assert world.brain.refusal() == ("queue_full", "2 requests are waiting, the limit is 2")
+    world.settle()
+    assert len(world.finished) == 3
+    assert world.brain.refusal() is None
+
+
+def test_graceful_stop_finishes_what_runs():
+    world = World().boot()
+    serve_all(world)
+    world.feed(ev.StopRequested())
+    assert world.brain.refusal() == ("unavailable", "the server is stopping")
+    world.settle()
+    check_all(world)
+    assert [m for c in world.commands if isinstance(c, ev.Send) and isinstance(m := c.message, Shutdown)]
+    assert isinstance(world.commands[-1], ev.Stopped)
+
+
+def test_moved_requests_keep_their_place_in_the_queue():
+    world = World(ep_size=2, slots_per_rank=8, limits=SchedulerLimits(kv_tokens=40, max_sequences=2)).boot()
+    for i in range(6):
+        world.submit(f"q{i}", [i + 1] * 4, 8)
+    for _ in range(6):
+        world.answer()
+    world.kill(0)
+    waiting = list(world.brain.requests.waiting)
+    assert waiting == sorted(waiting)
+    assert len(waiting) > 2
+    world.settle()
+    for i in range(6):
+        assert world.received[f"q{i}"] == expected([i + 1] * 4, 8)
+
+
+def test_random_schedules_of_failures():
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for _ in range(150):
+        world = World(ep_size=rng.randint(2, 5), slots_per_rank=rng.randint(2, 8), max_waiting=100)
+        kills = rng.sample(range(world.settings.topology.ep_size), world.settings.topology.ep_size - 1)
+        moments = sorted(rng.randint(0, 120) for _ in kills)
+        world.unfenceable = {r for r in kills if rng.random() < 0.2}
+        world.boot()
+        count = rng.randint(1, 20)
+        serve_all(world, count)
+        for tick in range(121):
+            world.answer()
+            while moments and moments[0] == tick:
+                moments.pop(0)
+                world.kill(kills.pop(), rng.choice(list(FailureCause)))
+        for _ in range(20):
+            world.settle()
+            world.pass_time(0.5)
+        check_all(world, count)
+
+
+def test_install_names_only_members_and_own_slots():
+    world = World().boot()
+    world.commands.clear()
+    world.kill(1)
+    installs = [(c.rank, c.message) for c in world.commands if isinstance(c, ev.Send) and isinstance(c.message, Install)]
+    assert [rank for rank, _ in installs] == [0, 2, 3]
+    for rank, message in installs:
+        assert set(message.peers) == {0, 2, 3}
+        assert all(order.slot // 3 == rank for order in message.loads)
