@@ -13,7 +13,7 @@ Finish = Literal["stop", "length", "error"]
 
 
 class QueueFull(ElasticEPError):
-    """Too many requests wait; the client may come again after `retry_after_s` (HTTP 429)."""
+    """Too many requests wait: the client may come again after `retry_after_s` (HTTP 429)."""
 
     def __init__(self, message: str, retry_after_s: float = 1.0):
         self.retry_after_s = retry_after_s
@@ -21,7 +21,7 @@ class QueueFull(ElasticEPError):
 
 
 class Unavailable(ElasticEPError):
-    """The server cannot take requests now (starting, stopping, no live rank, experts missing); the message is the reason (HTTP 503)."""
+    """The server takes no requests now (starting, stopping, no live rank, experts missing). The message is the reason (HTTP 503)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class TokenEvent:
 
 
 class TokenStream(Protocol):
-    """The events of one sequence, in order, each once. `aclose()` before the end cancels the sequence; after the end it does nothing.
-    An async generator is one."""
+    """The events of one sequence, in order, each once. `aclose()` before the end cancels the sequence, also when nothing was read yet
+    (an async generator's own does nothing then); after the end it does nothing."""
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
 
@@ -94,7 +94,7 @@ class Backend(Protocol):
     def vocab_size(self) -> int: ...
 
     def submit(self, request: GenerationRequest) -> TokenStream:
-        """Queue a sequence. Raises QueueFull or Unavailable from the call itself, not from the stream: the HTTP status depends on it."""
+        """Queue a sequence. Raises QueueFull or Unavailable from the call itself, not from the stream: the HTTP status hangs on it."""
         ...
 
     def status(self) -> dict[str, Any]:
