@@ -9,8 +9,8 @@ import numpy as np
 
 from elastic_ep.core.eplb import deepseek, elasticity_aware
 from elastic_ep.core.eplb.deepseek import ExpertMaps
-from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.core.load import as_array
+from elastic_ep.core.errors import InsufficientSlotsError, InvalidInputError
+from elastic_ep.core.load import as_array, as_load
 
 __all__ = ["EplbAlgorithm", "ExpertMaps", "compute_algorithm", "rebalance_experts"]
 
@@ -22,6 +22,7 @@ class EplbAlgorithm(Enum):
     deepseek_hierarchical = "deepseek_hierarchical"
     elasticity_aware = "elasticity_aware"
     elasticity_aware_hierarchical = "elasticity_aware_hierarchical"
+    resilient = "resilient"
 
 
 def compute_algorithm(raw_algorithm: str, num_groups: int | None, num_nodes: int) -> EplbAlgorithm:
@@ -60,8 +61,7 @@ def rebalance_experts(
     algorithm = compute_algorithm(algorithm, num_groups, num_nodes) if isinstance(algorithm, str) else algorithm
     if num_local_physical_experts < 1 or num_physical_experts % num_local_physical_experts:
         raise InvalidInputError(
-            f"{num_physical_experts} physical experts are not a multiple of {num_local_physical_experts} per rank; "
-            f"give whole ranks"
+            f"{num_physical_experts} physical experts are not a multiple of {num_local_physical_experts} per rank; give whole ranks"
         )
     num_gpus = num_physical_experts // num_local_physical_experts
     weight = tokens_per_expert.sum(0) if len(tokens_per_expert.shape) == 3 else tokens_per_expert
@@ -72,6 +72,25 @@ def rebalance_experts(
         if not (as_array(active_ranks) != 0).all():
             raise InvalidInputError(f"algorithm {algorithm.name} cannot leave dead ranks out; use elasticity_aware or resilient")
         return deepseek.rebalance_experts(weight, num_physical_experts, num_groups, num_nodes, num_gpus, hierarchical)
-    return elasticity_aware.rebalance_experts(
-        weight, num_physical_experts, num_groups, num_nodes, num_gpus, hierarchical, active_ranks
-    )
+    if algorithm is EplbAlgorithm.resilient:
+        return _resilient(weight, num_physical_experts, num_gpus, num_nodes, active_ranks)
+    return elasticity_aware.rebalance_experts(weight, num_physical_experts, num_groups, num_nodes, num_gpus, hierarchical, active_ranks)
+
+
+def _resilient(weight: Any, num_physical_experts: int, num_gpus: int, num_nodes: int, active_ranks: Any) -> ExpertMaps:
+    """A first placement by `resilient`. Repairs need what slots hold and are asked of `solve_placement` itself."""
+    # Here and not above: the solver imports quotas, which import this package's kernels.
+    from elastic_ep.core.eplb.resilient import solve_placement
+    from elastic_ep.core.topology import Topology
+
+    if num_nodes < 1 or num_gpus % num_nodes:
+        raise InvalidInputError(f"{num_gpus} ranks do not divide over {num_nodes} nodes; make them a multiple")
+    alive = elasticity_aware.active_mask(active_ranks, num_gpus)
+    load = as_load(weight)
+    num_live = int(alive.sum()) * (num_physical_experts // num_gpus)
+    if num_live < load.shape[1]:
+        raise InsufficientSlotsError(num_live, load.shape[1])
+    nodes = [str(rank // (num_gpus // num_nodes)) for rank in range(num_gpus)]
+    placed = solve_placement(load, Topology.uniform(num_gpus, num_physical_experts, nodes), alive).placement
+    maps = ExpertMaps(placed.physical_to_logical_map, placed.logical_to_physical_map, placed.logical_replica_count)
+    return deepseek.like_caller(weight, maps)

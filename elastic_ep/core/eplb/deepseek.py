@@ -151,7 +151,8 @@ def place_hierarchical(
 
     node_load = np.take_along_axis(weight, expert_of_sorted, axis=1).reshape(-1, per_node)
     replicas = replicate_experts(node_load, num_physical // num_nodes)
-    replica_load: Floats = np.take_along_axis(node_load / replicas.counts.astype(np.float32), replicas.expert, axis=1)
+    per_replica: Floats = np.divide(node_load, replicas.counts, dtype=np.float32)
+    replica_load: Floats = np.take_along_axis(per_replica, replicas.expert, axis=1)
     packed = balanced_packing(replica_load, num_ranks // num_nodes, ops)
     replica_of_slot = inverse_permutation(packed.pack * (num_physical // num_ranks) + packed.position)
 
