@@ -1,4 +1,4 @@
-"""Compiled parts. Each is optional at install time, so that the core works where there is no compiler; what needs one says so when it is missing."""
+"""Compiled parts. Each is optional at install time, so that the core works without a compiler; what needs one says so itself."""
 
 from setuptools import Extension, setup
 

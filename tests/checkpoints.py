@@ -1,4 +1,4 @@
-"""Small random checkpoints of the four families, written as `save_pretrained` writes them. Logits are spread, so that greedy tokens vary."""
+"""Small random checkpoints of the four families, as `save_pretrained` writes them, with logits spread so that greedy tokens vary."""
 
 from __future__ import annotations
 
@@ -23,37 +23,48 @@ _SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3, "num_att
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
     """A tiny config: dense first layers, shared experts, tied embeddings, sliding windows and sinks, wherever the family has them."""
     special: dict[str, dict[str, Any]] = {
-        "qwen3_moe": dict(
-            num_key_value_heads=2,
-            head_dim=24,
-            intermediate_size=96,
-            moe_intermediate_size=40,
-            num_experts=8,
-            num_experts_per_tok=3,
-            norm_topk_prob=True,
-            mlp_only_layers=[0],
-            tie_word_embeddings=True,
-        ),
-        "deepseek_v3": dict(
-            num_key_value_heads=4,
-            intermediate_size=96,
-            moe_intermediate_size=32,
-            n_routed_experts=8,
-            n_group=4,
-            topk_group=2,
-            num_experts_per_tok=3,
-            first_k_dense_replace=1,
-            kv_lora_rank=32,
-            q_lora_rank=48,
-            qk_rope_head_dim=16,
-            qk_nope_head_dim=16,
-            v_head_dim=20,
-            num_nextn_predict_layers=0,
-        ),
-        "mixtral": dict(num_key_value_heads=1, intermediate_size=48, num_local_experts=6, num_experts_per_tok=2, sliding_window=40),
-        "gpt_oss": dict(
-            num_key_value_heads=2, head_dim=16, intermediate_size=32, num_local_experts=6, num_experts_per_tok=2, sliding_window=16
-        ),
+        "qwen3_moe": {
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 40,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+            "tie_word_embeddings": True,
+        },
+        "deepseek_v3": {
+            "num_key_value_heads": 4,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 48,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 20,
+            "num_nextn_predict_layers": 0,
+        },
+        "mixtral": {
+            "num_key_value_heads": 1,
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 40,
+        },
+        "gpt_oss": {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+        },
     }
     classes = {"qwen3_moe": Qwen3MoeConfig, "deepseek_v3": DeepseekV3Config, "mixtral": MixtralConfig, "gpt_oss": GptOssConfig}
     return classes[family](**(_SIZES | special[family] | {"eos_token_id": None, "bos_token_id": None} | changes))
@@ -66,6 +77,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     def normal(tensor: torch.Tensor, std: float, mean: float = 0.0) -> None:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
 
+    tied = model.config.tie_word_embeddings
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" in name:
@@ -73,8 +85,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             if tensor.ndim == 1 or name.endswith("_bias"):
                 is_norm = "norm" in name
                 normal(tensor, 0.1, 1.0 if is_norm else 0.0)
+                if tied and name == "model.norm.weight":
+                    tensor *= 30  # makes up for the small embeddings
             elif "embed_tokens" in name:
-                normal(tensor, 1.0 if not model.config.tie_word_embeddings else 0.6)
+                normal(tensor, 0.1 if tied else 1.0)  # tied and large, every token would predict itself
             else:
                 fan_in = tensor.shape[-2] if tensor.ndim == 3 and model.config.model_type == "gpt_oss" else tensor.shape[-1]
                 normal(tensor, (4.0 if "lm_head" in name else 1.4) / math.sqrt(fan_in))

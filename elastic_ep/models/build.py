@@ -1,4 +1,7 @@
-"""The module tree of transformers with dense weights only: built on the meta device, filled from the checkpoint, no expert ever allocated."""
+"""The module tree of transformers with dense weights only: built on the meta device, filled from the checkpoint.
+
+No routed expert is ever allocated here.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ def build_model(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, in eval mode, its experts' parameters removed, its computed buffers real."""
     config = AutoConfig.for_model(**json.loads((spec.directory / "config.json").read_text()))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION
         )
-    model.eval().requires_grad_(False)
+    model.train(False).requires_grad_(False)
     for layer in spec.moe_layers:
         experts_module(model, layer)._parameters.clear()
     for name, module in list(model.named_modules()):
@@ -56,7 +59,7 @@ def load_dense(model: PreTrainedModel, spec: ModelSpec, reader: TensorReader, dt
         model.lm_head.weight = model.model.embed_tokens.weight
     unfilled = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if unfilled:
-        raise CheckpointError(f"{spec.directory} names no tensor for {unfilled[0]}; this version of transformers builds the model otherwise")
+        raise CheckpointError(f"{spec.directory} has no tensor for {unfilled[0]}, which this version of transformers wants; use 5.23")
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,11 @@ from elastic_ep.core.routing import RoutingTable
 from elastic_ep.models.build import IMPLEMENTATION
 from elastic_ep.models.rows import MIN_ROWS, padded_rows
 from elastic_ep.models.slots import ExpertSlots, ExpertWeights
-from elastic_ep.runtime.dispatch.base import DispatchHandle, Dispatcher, Interrupted, PeerFailed, StepPoint
+from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, Interrupted, PeerFailed, StepPoint
+
+
+Groups = tuple[tuple[int, int, int], ...]
+"""(expert, first row, end row), as DispatchHandle.groups"""
 
 
 class StepVoid(Exception):
@@ -86,9 +91,17 @@ class LayerExperts:
     def compute(self, handle: DispatchHandle, routing: RoutingTable) -> torch.Tensor:
         """Run each group of rows through its expert. Returns [N, H], rows as they came, not weighted."""
         rows, groups = handle.rows, handle.groups
-        if not groups:
-            return rows
-        weights = [self._weights(expert, routing) for expert, _, _ in groups]
+        found = [self.slots.find(self.layer, expert) for expert, _, _ in groups]
+        held = [weights for weights in found if weights is not None]
+        if len(held) == len(groups):
+            return self._run(rows, groups, held) if groups else rows
+        # A spare buffer is overwritten by the next streamed expert but a few, so those run one at a time.
+        out = torch.empty_like(rows)
+        for (expert, begin, end), weights in zip(groups, found, strict=True):
+            out[begin:end] = self._run(rows[begin:end], ((expert, 0, end - begin),), [weights or self._stream(expert, routing)])
+        return out
+
+    def _run(self, rows: torch.Tensor, groups: Groups, weights: Sequence[ExpertWeights]) -> torch.Tensor:
         bounds, take, give = _pad_groups(groups, self.row_multiple)
         x = rows if take is None else rows.index_select(0, take)
         gate_up = torch.empty(len(x), weights[0].gate_up.shape[1], dtype=x.dtype)
@@ -100,29 +113,22 @@ class LayerExperts:
             _multiply(inner, y, begin, end, w.down, w.down_bias)
         return y if give is None else y.index_select(0, give)
 
-    def _weights(self, expert: int, routing: RoutingTable) -> ExpertWeights:
-        held = self.slots.find(self.layer, expert)
-        if held is not None:
-            return held
+    def _stream(self, expert: int, routing: RoutingTable) -> ExpertWeights:
         if routing.streamed.get((self.layer, expert)) == self.rank:
             return self.slots.stream(self.layer, expert)
         raise WrongExpertError(
-            f"rank {self.rank} was sent tokens for expert {expert} of MoE layer {self.layer} in epoch {routing.epoch}, which no slot of it holds"
+            f"rank {self.rank} was sent tokens for expert {expert} of MoE layer {self.layer} in epoch {routing.epoch}; no slot holds it"
         )
 
 
-def _multiply(
-    x: torch.Tensor, out: torch.Tensor, begin: int, end: int, weight: torch.Tensor, bias: torch.Tensor | None
-) -> None:
+def _multiply(x: torch.Tensor, out: torch.Tensor, begin: int, end: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if bias is None:
         torch.mm(x[begin:end], weight, out=out[begin:end])
     else:
         torch.addmm(bias, x[begin:end], weight, out=out[begin:end])
 
 
-def _pad_groups(
-    groups: tuple[tuple[int, int, int], ...], multiple: int
-) -> tuple[list[tuple[int, int]], torch.Tensor | None, torch.Tensor | None]:
+def _pad_groups(groups: Groups, multiple: int) -> tuple[list[tuple[int, int]], torch.Tensor | None, torch.Tensor | None]:
     """Give each group at least MIN_ROWS rows, and the whole a multiple of `multiple`.
 
     Returns the new bounds of each group, the row to put in each place and the place of each row (None: as they are). Padding
@@ -148,9 +154,7 @@ def _pad_groups(
     return bounds, torch.tensor(take), torch.tensor(give)
 
 
-def _forward(
-    module: torch.nn.Module, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> torch.Tensor:
+def _forward(module: torch.nn.Module, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
     experts: LayerExperts = module.elastic_experts  # type: ignore[assignment]
     return experts.forward(hidden, topk_ids, topk_weights)
 

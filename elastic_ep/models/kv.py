@@ -7,6 +7,7 @@ computed in this step or came from an earlier one. A page covers all layers: [la
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,12 +23,11 @@ from elastic_ep.models.families import KVShape
 def load_kernels() -> ModuleType:
     """The compiled kernels. Raises ElasticEPError where they were not built."""
     try:
-        from elastic_ep.models import _kernels
+        return importlib.import_module("elastic_ep.models._kernels")
     except ImportError as error:
         raise ElasticEPError(
             f"the compiled kernels are missing ({error}); install a C compiler and reinstall elastic-ep to serve models"
         ) from error
-    return _kernels
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class PagedKV:
         needed = -(-(start + count) // self.page_tokens) - len(pages)
         if needed > len(self._free):
             raise InvalidInputError(
-                f"sequence {seq_id} needs {needed} more pages of {self.page_tokens} tokens, {len(self._free)} of {self.num_pages} are free; "
-                f"give the rank a larger KV capacity or send it fewer sequences"
+                f"sequence {seq_id} needs {needed} more pages of {self.page_tokens} tokens, {len(self._free)} of {self.num_pages} are "
+                f"free; give the rank a larger KV capacity or send it fewer sequences"
             )
         pages.extend(self._free.pop() for _ in range(needed))
         self._lengths[seq_id] = start + count

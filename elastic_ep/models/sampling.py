@@ -25,10 +25,7 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, position: int) -
     (equals by id), cut to the smallest set whose mass reaches top_p, then the inverse of their cumulative sum at a uniform number that
     a counter-based generator (Philox) gives for (seed, position). Log-probabilities are those of the untouched distribution.
     """
-    if params.temperature == 0:
-        token = int(logits.argmax())
-    else:
-        token = _draw(logits, params, position)
+    token = int(logits.argmax()) if params.temperature == 0 else _draw(logits, params, position)
     if params.top_logprobs is None:
         return Sampled(token, None, ())
     logprobs = _log_softmax(logits)

@@ -142,7 +142,8 @@ def _refuse_unsupported(config: Mapping[str, Any], folder: Path) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _STATIC_ROPE:
         raise InvalidInputError(
-            f"{folder} uses rope type {kind!r}, whose angles depend on the longest sequence of the batch; supported: {', '.join(_STATIC_ROPE)}"
+            f"{folder} uses rope type {kind!r}, whose angles depend on the longest sequence of the batch; "
+            f"supported: {', '.join(_STATIC_ROPE)}"
         )
 
 
@@ -172,7 +173,7 @@ def _check_expert(folder: Path, entries: Mapping[str, TensorEntry], tensor: Expe
     for expert in range(shape.num_experts):
         name = tensor.name.format(layer=layer, expert=expert)
         if name not in entries:
-            raise CheckpointError(f"{folder} lacks {name}: config.json says {shape.num_experts} experts per layer; download the files again")
+            raise CheckpointError(f"{folder} lacks {name}: config.json says {shape.num_experts} experts a layer; download the files again")
         dtype = _check(folder, entries, name, tensor.shape).dtype
     return dtype
 

@@ -57,10 +57,10 @@ class SlotLayout:
 
 
 class Piece(NamedTuple):
-    """One read that fills a stretch of a part: `tensor` (or `tensor[index]`), of `shape`, goes to `part` from element `first` on."""
+    """One read that fills a stretch of a part: `tensor` (or `tensor[item]`), of `shape`, goes to `part` from element `first` on."""
 
     tensor: str
-    index: int | None
+    item: int | None
     shape: tuple[int, ...]
     part: str
     first: int
@@ -82,7 +82,7 @@ class ExpertSource(Protocol):
 
 def digest_of(slot: torch.Tensor) -> int:
     """xxh3_64 over a slot's bytes (uint8 [num_bytes])."""
-    return xxhash.xxh3_64_intdigest(slot.numpy())
+    return xxhash.xxh3_64_intdigest(slot.numpy().data)
 
 
 def _align(num_bytes: int) -> int:

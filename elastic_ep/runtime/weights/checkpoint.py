@@ -29,12 +29,12 @@ class TensorReader:
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def read_into(self, name: str, index: int | None, into: torch.Tensor) -> int:
-        """Fill a contiguous CPU tensor with a tensor, or with its `index`-th item, converting the dtype. Returns the bytes read."""
+    def read_into(self, name: str, item: int | None, into: torch.Tensor) -> int:
+        """Fill a contiguous CPU tensor with a tensor, or with its `item`-th entry, converting the dtype. Returns the bytes read."""
         entry = self._entries[name]
         count = into.numel()
         itemsize = (entry.end - entry.begin) // max(1, _numel(entry.shape))
-        begin = entry.begin + (0 if index is None else index * count * itemsize)
+        begin = entry.begin + (0 if item is None else item * count * itemsize)
         source = DTYPES[entry.dtype]
         flat = into.view(-1)
         if source == into.dtype:
@@ -54,7 +54,7 @@ class TensorReader:
         self._files.clear()
 
     def _pread(self, path: Path, name: str, offset: int, into: torch.Tensor) -> None:
-        view = memoryview(into.view(torch.uint8).numpy())
+        view = into.view(torch.uint8).numpy().data
         done = 0
         try:
             fd = self._open(path)
@@ -93,7 +93,7 @@ class CheckpointSource:
         total = 0
         for piece in self._pieces(layer, expert):
             flat = parts[piece.part].view(-1)
-            total += self._reader.read_into(piece.tensor, piece.index, flat[piece.first : piece.first + _numel(piece.shape)])
+            total += self._reader.read_into(piece.tensor, piece.item, flat[piece.first : piece.first + _numel(piece.shape)])
         return total
 
     def close(self) -> None:

@@ -9,11 +9,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from elastic_ep.core.errors import CheckpointError
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""the dtypes whose size is checked; another one is refused where it is needed"""
 _MAX_HEADER_BYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -53,9 +54,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _entry(path: Path, name: str, value: Mapping[str, object], start: int) -> TensorEntry:
+def _entry(path: Path, name: str, value: Mapping[str, Any], start: int) -> TensorEntry:
     try:
-        dtype, shape, (begin, end) = str(value["dtype"]), tuple(int(n) for n in value["shape"]), value["data_offsets"]  # type: ignore
+        dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
+        begin, end = (int(n) for n in value["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged header at {name}; download it again") from error
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
