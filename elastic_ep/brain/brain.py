@@ -55,7 +55,7 @@ from elastic_ep.brain.requests import RequestTable, Sequence
 from elastic_ep.brain.scheduler import place_waiting, step_work
 from elastic_ep.brain.seats import Seat, SeatState
 from elastic_ep.brain.settings import BrainSettings
-from elastic_ep.brain.verdict import judge
+from elastic_ep.brain.verdict import DEADLINE, judge
 from elastic_ep.core.membership import Membership
 from elastic_ep.core.placement import SlotContents
 from elastic_ep.core.recovery import GroupState, Phase, RecoveryRecord, Tier, Trigger
@@ -427,12 +427,14 @@ class Brain:
     # ---- accusations and deadlines
 
     def _accuse(self, transaction: Transaction, accuser: int, accused: dict[int, str], now: float) -> None:
-        """Judge when everyone else has spoken, or when the window closes: a death on its way here explains most accusations."""
+        """Judge when the window closes, or, of missed deadlines only, when everyone else has spoken. A closed channel mostly means a
+        process that ended, and the news of that is on its way here."""
         transaction.accusations[accuser] = accused
         if transaction.verdict_at is None:
             transaction.verdict_at = now + self.settings.verdict_window_s
         named = {peer for peers in transaction.accusations.values() for peer in peers}
-        if not transaction.pending - set(transaction.accusations) - named:
+        late = all(how == DEADLINE for peers in transaction.accusations.values() for how in peers.values())
+        if late and not transaction.pending - set(transaction.accusations) - named:
             self._judge(transaction, now)
 
     def _judge(self, transaction: Transaction, now: float) -> None:

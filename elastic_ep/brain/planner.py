@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain.events import GroupPlan
+from elastic_ep.core.eplb.resilient import solve_placement
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.placement import EMPTY, ExpertPlacement
+from elastic_ep.core.survivability import survives
 from elastic_ep.core.topology import Topology
 
 
@@ -19,11 +21,13 @@ class PlanSettings:
     """What stays the same from epoch to epoch.
 
     Attributes:
-        stream_when_short: with fewer live slots than experts, stream the rest through spare slots instead of refusing.
+        stream_when_short: with fewer live slots than experts, stream the rest through spare buffers instead of refusing.
+        spread: the failure domain level on which replicas are kept apart.
     """
 
     num_experts: int
     stream_when_short: bool = True
+    spread: str = "rank"
 
 
 def plan(
@@ -33,7 +37,7 @@ def plan(
     contents: NDArray[np.int64],
     load: NDArray[np.float64] | None = None,
 ) -> GroupPlan:
-    """Place all experts over the active ranks, keeping what their slots hold.
+    """Place all experts over the active ranks. From nothing, a full solve; else only what lost experts need, so that serving goes on soon.
 
     Args:
         contents: int64 [L, P], what each slot holds now (-1: nothing); slots of inactive ranks are ignored.
@@ -43,41 +47,33 @@ def plan(
         InsufficientSlotsError: too few live slots and streaming is not allowed.
     """
     live = topology.live_slot_mask(active)
+    num_live, num_experts = int(live.sum()), settings.num_experts
+    if num_live < num_experts and not settings.stream_when_short:
+        raise InsufficientSlotsError(num_live, num_experts)
     held = np.where(live[None, :], contents, EMPTY)
-    if int(live.sum()) < settings.num_experts and not settings.stream_when_short:
-        raise InsufficientSlotsError(int(live.sum()), settings.num_experts)
-    lost = len(ExpertPlacement(held, settings.num_experts).missing_experts())
-    p2l, streamed = _fill(held, live, settings.num_experts, topology, active)
-    placement = ExpertPlacement(p2l, settings.num_experts)
-    wanted = placement.physical_to_logical_map
-    order = [(int(a), int(b), int(wanted[a, b])) for a, b in np.argwhere((wanted != EMPTY) & (wanted != held))]
-    return GroupPlan(placement, None, streamed, tuple(order), lost, survives={}, reason=f"{lost} experts had no live replica")
+    from_nothing = not (held != EMPTY).any()
+    weights = np.ones((len(held), num_experts)) if load is None else load
+    solved = solve_placement(
+        weights,
+        topology,
+        active,
+        None if from_nothing else ExpertPlacement(held, num_experts),
+        min_replicas=max(1, min(num_live // num_experts, sum(active))),
+        spread=settings.spread,
+        max_moves=None if from_nothing else 0,
+    )
+    return GroupPlan(
+        placement=solved.placement,
+        quotas=solved.quotas,
+        streamed=solved.streamed,
+        loads=tuple((move.layer, move.slot, move.expert) for move in solved.moves),
+        experts_lost=0 if from_nothing else len(solved.lost),
+        survives=survives_object(solved.placement, topology, active),
+        reason="; ".join(solved.reasons),
+    )
 
 
-def _fill(held: NDArray[np.int64], live: NDArray[np.bool_], num_experts: int, topology: Topology, active: tuple[int, ...]) -> Any:
-    """Stand-in until the solver is wired: missing experts into free or doubled slots."""
-    p2l = held.copy()
-    streamed: dict[tuple[int, int], int] = {}
-    ranks = [r for r, a in enumerate(active) if a]
-    for layer in range(p2l.shape[0]):
-        row = p2l[layer]
-        count = np.bincount(row[row >= 0], minlength=num_experts)
-        for expert in np.nonzero(count == 0)[0]:
-            free = np.nonzero(live & (row == EMPTY))[0]
-            if not len(free):
-                free = np.array([s for s in np.nonzero(live)[0] if count[row[s]] > 1])
-            if not len(free):
-                streamed[layer, int(expert)] = ranks[int(expert) % len(ranks)]
-                continue
-            slot = free[0]
-            if row[slot] >= 0:
-                count[row[slot]] -= 1
-            row[slot] = expert
-            count[expert] += 1
-        for slot in np.nonzero(live & (row == EMPTY))[0]:
-            mine = set(row[list(topology.slots_of(int(topology.rank_of_slot[slot])))])
-            best = min((e for e in range(num_experts) if e not in mine), key=lambda e: count[e], default=None)
-            if best is not None:
-                row[slot] = best
-                count[best] += 1
-    return p2l, streamed
+def survives_object(placement: ExpertPlacement, topology: Topology, active: tuple[int, ...]) -> dict[str, Any]:
+    """`survives` of `/elastic/status`: how many ranks may fail, whichever they are, and whether any one node may, with no expert lost."""
+    found = survives(placement, topology, active, max_failures=1)
+    return {"any_ranks": found.any_ranks, "any_node": found.any_node}

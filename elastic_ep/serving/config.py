@@ -10,7 +10,7 @@ from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.brain.settings import BrainSettings
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.topology import Topology
-from elastic_ep.models.kv import load_kernels
+from elastic_ep.models.kernels import load_kernels
 from elastic_ep.models.spec import ModelSpec
 
 

@@ -40,6 +40,15 @@ class Zygote:
     def send(self, **record: Any) -> None:
         self.sock.send(json.dumps(record).encode())
 
+    def receive(self) -> dict[str, Any] | None:
+        """The next order, None when the controller is gone."""
+        try:
+            packet = self.sock.recv(MAX_PACKET_BYTES)
+        except ConnectionResetError:
+            return None
+        order: dict[str, Any] | None = json.loads(packet) if packet else None
+        return order
+
     def serve(self) -> None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
@@ -54,10 +63,10 @@ class Zygote:
                     os.read(self.wake_r, 4096)
                     self.reap()
                 else:
-                    packet = self.sock.recv(MAX_PACKET_BYTES)
-                    if not packet:
+                    order = self.receive()
+                    if order is None:
                         return
-                    self.spawn(json.loads(packet))
+                    self.spawn(order)
 
     def reap(self) -> None:
         while self.children:

@@ -1,0 +1,105 @@
+"""`elastic-ep serve`: an OpenAI-compatible server over N ranks of this host."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from elastic_ep.core.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from elastic_ep.serving.config import ServeConfig
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a checkpoint over an OpenAI-compatible API",
+        description="Serve a Hugging Face Mixture-of-Experts checkpoint over N rank processes. Any rank may die at any moment: its "
+        "requests move, their streams stay open, and every client gets the tokens that it would have got.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="folder with config.json and safetensors files, as save_pretrained writes it")
+    parser.add_argument("--ep-size", type=int, default=1, metavar="N", help="ranks to spread the experts over")
+    parser.add_argument("--num-redundant-experts", type=int, default=0, metavar="R", help="slots per layer beyond one per expert")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
+    parser.add_argument("--served-model-name", metavar="NAME", help="name clients use; the folder's name if not given")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in; the checkpoint's if not given")
+    parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + completion (default: what model and KV allow)")
+    parser.add_argument("--kv-tokens", type=int, default=32768, metavar="TOKENS", help="KV cache of each rank")
+    parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="sequences at home on one rank at once")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512, metavar="TOKENS", help="positions one rank computes in a step")
+    parser.add_argument("--prefill-chunk", type=int, default=128, metavar="TOKENS", help="positions of one prompt computed in a step")
+    parser.add_argument("--max-waiting", type=int, default=1024, metavar="N", help="requests that may wait; one more gets 429")
+    parser.add_argument(
+        "--when-short",
+        choices=["stream", "refuse"],
+        default="stream",
+        help="when the living slots cannot hold all experts: read the rest in as needed (slow, correct), or answer 503",
+    )
+    parser.add_argument("--step-timeout", type=float, default=10.0, metavar="SECONDS", help="a step that takes longer has a hung rank in it")
+    parser.add_argument("--heartbeat-timeout", type=float, default=0.9, metavar="SECONDS", help="silence after which a rank is looked at")
+    parser.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="time running requests get at SIGTERM")
+    parser.add_argument("--fast-math", action="store_true", help="fastest kernels; tokens may then depend on the batch")
+    fault_help = "for tests: make a rank fail at a named point"
+    parser.add_argument("--fault", action="append", default=[], metavar="RANK:POINT:ACTION[:NTH]", help=fault_help)
+    parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="WARNING", help="what to log")
+    parser.add_argument("--json", action="store_true", help="print one JSON object when serving begins, instead of a line of text")
+
+
+def make_config(args: argparse.Namespace) -> ServeConfig:
+    """The server's configuration. Raises InvalidInputError for values that no checkpoint could make right."""
+    from elastic_ep.serving.config import ServeConfig
+
+    return ServeConfig(
+        checkpoint=args.checkpoint,
+        ep_size=args.ep_size,
+        num_redundant_experts=args.num_redundant_experts,
+        dtype=args.dtype,
+        fast_math=args.fast_math,
+        kv_tokens=args.kv_tokens,
+        max_sequences=args.max_num_seqs,
+        max_batch_tokens=args.max_num_batched_tokens,
+        prefill_chunk=args.prefill_chunk,
+        max_waiting=args.max_waiting,
+        max_model_len=args.max_model_len,
+        served_model_name=args.served_model_name,
+        when_short=args.when_short,
+        step_timeout_s=args.step_timeout,
+        heartbeat_timeout_s=args.heartbeat_timeout,
+        log_level=args.log_level,
+        faults=_faults(args.fault),
+    )
+
+
+def _faults(texts: list[str]) -> dict[int, list[dict[str, Any]]]:
+    faults: dict[int, list[dict[str, Any]]] = {}
+    for text in texts:
+        parts = text.split(":")
+        if len(parts) not in (3, 4) or not parts[0].isdigit() or (len(parts) == 4 and not parts[3].isdigit()):
+            raise InvalidInputError(f"--fault {text!r}: give RANK:POINT:ACTION or RANK:POINT:ACTION:NTH, as 2:step_begin:kill:10")
+        faults.setdefault(int(parts[0]), []).append({"point": parts[1], "action": parts[2], "nth": int(parts[3]) if len(parts) == 4 else 1})
+    return faults
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0 after a clean stop, 1 when no rank was left."""
+    from elastic_ep.serving.server import serve
+
+    logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    config = make_config(args)
+
+    def announce(facts: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps(facts), flush=True)
+        else:
+            print(
+                f"elastic-ep: serving {facts['model']} on {facts['url']}: {facts['ep_size']} ranks, {facts['slots']} slots for "
+                f"{facts['experts']} experts in each of {facts['layers']} layers",
+                flush=True,
+            )
+
+    return serve(config, args.host, args.port, args.shutdown_timeout, announce)

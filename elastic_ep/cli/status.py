@@ -1,0 +1,55 @@
+"""`elastic-ep status`: what a running server says of itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from elastic_ep.core.errors import InvalidInputError
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser("status", help="show ranks, epoch and recoveries of a running server")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the object of /elastic/status")
+
+
+def run(args: argparse.Namespace) -> int:
+    status = fetch_status(args.url)
+    print(json.dumps(status) if args.json else "\n".join(describe(status)))
+    return 0
+
+
+def fetch_status(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
+    """GET /elastic/status. Raises InvalidInputError when nobody answers there."""
+    if not url.startswith(("http://", "https://")):
+        raise InvalidInputError(f"--url is {url!r}; give http://HOST:PORT")
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/elastic/status", timeout=timeout_s) as answer:
+            status: dict[str, Any] = json.load(answer)
+            return status
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise InvalidInputError(f"no elastic-ep server answers at {url}: {getattr(error, 'reason', error)}; check --url") from None
+
+
+def describe(status: dict[str, Any]) -> list[str]:
+    """The status as lines for a terminal."""
+    requests = status["requests"]
+    lines = [
+        f"epoch {status['epoch']}, {status['phase']}: {sum(status['active_ranks'])} of {status['ep_size']} ranks active",
+        f"requests: {requests['running']} running, {requests['waiting']} waiting, {requests['finished']} finished, "
+        f"{requests['failed']} failed; {status['tokens_committed']} tokens committed",
+    ]
+    for rank in status["ranks"]:
+        failure = f"  {rank['failure']}" if rank["failure"] else ""
+        lines.append(f"  rank {rank['rank']}  pid {rank['pid']}  {rank['state']:9} {rank['running_requests']} requests{failure}")
+    for recovery in status["recoveries"]:
+        stall = "in progress" if recovery["stall_ms"] is None else f"stall {recovery['stall_ms']:.1f} ms"
+        lines.append(
+            f"  recovery to epoch {recovery['epoch']}: ranks {recovery['ranks']} {recovery['kind']}, tier {recovery['tier']}, "
+            f"{recovery['experts_lost']} experts lost, {stall}"
+        )
+    return lines
