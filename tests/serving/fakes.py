@@ -99,10 +99,11 @@ class FakeBackend:
     vocab_size: int = 400
     answer: Callable[[GenerationRequest], list[int] | list[TokenEvent]] = _repeat
     refuse: Exception | None = None
-    accept_only: int = 10**9
+    accept_only: int = 0
     gate: asyncio.Semaphore | None = None
     healthy: tuple[bool, str] = (True, "serving")
     requests: list[GenerationRequest] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     cancel_seen: asyncio.Event = field(default_factory=asyncio.Event)
     event_log: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
@@ -115,7 +116,9 @@ class FakeBackend:
         answer = self.answer(request)
         if answer and isinstance(answer[0], int):
             answer = scripted(answer, request.eos_ids, request.max_tokens, request.sampling.top_logprobs)  # type: ignore[arg-type]
-        return FakeStream(self, request, answer)  # type: ignore[arg-type]
+        stream = FakeStream(self, request, answer)  # type: ignore[arg-type]
+        self.streams.append(stream)
+        return stream
 
     def status(self) -> dict[str, Any]:
         rank = {"rank": 0, "pid": 1, "host": "h", "device": "cpu", "state": "active", "slots": 4, "running_requests": 2}

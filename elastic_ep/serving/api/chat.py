@@ -18,9 +18,7 @@ class ChatFormat:
         self._plan = plan
         self._tokenizer = tokenizer
         self._base = self._head("chat.completion.chunk")
-        self._heads = [
-            b'data: %s,"choices":[{"index":%d,"delta":{"content":' % (self._base, i) for i in range(len(plan.requests))
-        ]
+        self._heads = [b'data: %s,"choices":[{"index":%d,"delta":{"content":' % (self._base, i) for i in range(len(plan.requests))]
         self._end = b',"usage":null}' if plan.include_usage else b"}"
 
     def opening(self) -> bytes:

@@ -81,12 +81,18 @@ def shown(value: Any) -> str:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
+    return _short(text)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
     path = ""
     for part in loc:
+        if isinstance(part, str):
+            part = _short(part.encode("ascii", "backslashreplace").decode())
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path or "body"
 
@@ -111,7 +117,8 @@ def _requirement(kind: str, ctx: dict[str, Any], message: str) -> str:
     bounds = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le"), "greater_than": ("above", "gt")}
     if kind in bounds:
         words, key = bounds[kind]
-        return f"must be {words} {ctx[key]}"
+        limit = ctx[key]
+        return f"must be {words} {int(limit) if limit == int(limit) else limit}"
     if kind == "too_short":
         return f"needs {ctx['min_length']} or more entries"
     if kind == "too_long":

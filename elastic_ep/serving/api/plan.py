@@ -172,7 +172,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
     low, high = min(ids), max(ids)
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
-        raise bad_request(f"prompt holds token id {wrong}, outside the vocabulary; use ids from 0 to {vocab_size - 1}", "prompt")
+        raise bad_request(f"prompt holds token id {shown(wrong)}, outside the vocabulary; use ids from 0 to {vocab_size - 1}", "prompt")
 
 
 def _length(num_prompt_tokens: int, max_tokens: int | None, default: int, backend: Backend, param: str) -> int:
@@ -183,7 +183,7 @@ def _length(num_prompt_tokens: int, max_tokens: int | None, default: int, backen
     if max_tokens is None:
         return min(default, room)
     if max_tokens > room:
-        what = f"{param} of {num_prompt_tokens} tokens and max_tokens {max_tokens} exceed"
+        what = f"{param} of {num_prompt_tokens} tokens and max_tokens {shown(max_tokens)} exceed"
         raise _too_long(what, backend, "max_tokens", f"shorten the {param} or ask for at most {room}")
     return max_tokens
 

@@ -190,5 +190,3 @@ def _drop_what_changes_nothing(data: dict[str, Any]) -> dict[str, Any]:
 def _same(a: Any, b: Any) -> bool:
     """Equal as JSON values: true is not 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
-
-

@@ -1,0 +1,85 @@
+"""The OpenAPI document says what the server does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from elastic_ep.serving.api import responses
+from elastic_ep.serving.api.requests import HARMLESS, NEUTRAL
+from tests.serving.conftest import CHAT, COMPLETIONS, Api
+
+
+@pytest.fixture
+def document(api: Api) -> dict[str, Any]:
+    return api.get("/openapi.json").json()
+
+
+def test_every_route_is_there_with_its_statuses(document: dict[str, Any]) -> None:
+    statuses = {(m, path): sorted(op["responses"]) for path, ops in document["paths"].items() for m, op in ops.items()}
+    generating = ["200", "400", "404", "413", "429", "503"]
+    assert statuses == {
+        ("post", COMPLETIONS): generating,
+        ("post", CHAT): generating,
+        ("get", "/v1/models"): ["200"],
+        ("get", "/v1/models/{model}"): ["200", "404"],
+        ("get", "/health"): ["200", "503"],
+        ("get", "/metrics"): ["200"],
+        ("get", "/elastic/status"): ["200"],
+        ("get", "/elastic/events"): ["200"],
+    }
+
+
+def test_references_lead_somewhere(document: dict[str, Any]) -> None:
+    names = set(document["components"]["schemas"])
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                assert node["$ref"].removeprefix("#/components/schemas/") in names
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk(document)
+    assert "HTTPValidationError" not in names
+
+
+def test_bodies_tell_the_models_limits(document: dict[str, Any]) -> None:
+    properties = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert document["components"]["schemas"]["CompletionRequest"]["additionalProperties"] is False
+    assert properties["model"]["anyOf"] == [{"type": "string", "const": "tiny"}, {"type": "null"}]
+    assert properties["prompt"]["anyOf"][2]["items"] == {"type": "integer", "minimum": 0, "maximum": 399}
+    assert properties["prompt"]["anyOf"][3]["items"]["items"]["maximum"] == 399
+    assert properties["logit_bias"]["enum"] == [None, {}]
+    assert set(HARMLESS) | set(NEUTRAL) <= set(properties)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "kind"),
+    [
+        ("POST", COMPLETIONS, {"prompt": "a", "logprobs": 2, "return_token_ids": True}, responses.Completion),
+        ("POST", CHAT, {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 1}, responses.ChatCompletion),
+        ("POST", COMPLETIONS, {}, responses.ErrorBody),
+        ("GET", "/v1/models", None, responses.ModelList),
+        ("GET", "/v1/models/tiny", None, responses.ModelCard),
+        ("GET", "/health", None, responses.Health),
+        ("GET", "/elastic/status", None, responses.Status),
+        ("GET", "/nothing", None, responses.ErrorBody),
+    ],
+)
+def test_answers_are_as_described(api: Api, method: str, path: str, body: dict[str, Any] | None, kind: type[BaseModel]) -> None:
+    answer = api.request(method, path, json=body).json()
+    described = kind.model_validate(answer, strict=True, extra="forbid" if kind is not responses.Status else None)
+    assert described.model_dump(exclude_unset=True) == answer
+
+
+def test_the_api_needs_no_torch_to_start() -> None:
+    code = "import sys, elastic_ep.serving.api.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
