@@ -9,7 +9,7 @@ setup(
         Extension(
             "elastic_ep.models._kernels",
             ["elastic_ep/models/_kernels.c"],
-            depends=["elastic_ep/models/_attention.h"],
+            depends=["elastic_ep/models/_attention.h", "elastic_ep/models/_matmul.h"],
             extra_compile_args=COMPILE_ARGS,
             optional=True,
         ),

@@ -14,10 +14,13 @@
 
 #define TILE 64 /* keys per tile and tokens per page; kv.py reads it from here */
 #define ROWS 64 /* (query, head) rows that walk the tiles together */
+#define BLOCK_FLOATS (1 << 15) /* inputs of one block of rows in matmul */
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float V8 __attribute__((vector_size(32), may_alias));
 typedef int32_t I8 __attribute__((vector_size(32), may_alias));
+typedef float V8U __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t H8U __attribute__((vector_size(16), aligned(2), may_alias));
 #define SPLAT(x) ((V8){(x), (x), (x), (x), (x), (x), (x), (x)})
 
 struct run { /* consecutive tokens of one sequence */
@@ -41,11 +44,14 @@ struct scratch {
     float maximum[ROWS], sum[ROWS];
 };
 
+typedef void (*matmul_fn)(const float *x, int rows, const char *w, int in, int out, float *y);
+
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx2,fma")))
 #define VFMA(a, b, c) ((V8)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define SUFFIX _avx2
 #include "_attention.h"
+#include "_matmul.h"
 #undef TARGET
 #undef VFMA
 #undef SUFFIX
@@ -61,6 +67,7 @@ static inline V8 fma_lanes(V8 a, V8 b, V8 c) {
 #define VFMA(a, b, c) fma_lanes((a), (b), (c))
 #define SUFFIX _portable
 #include "_attention.h"
+#include "_matmul.h"
 
 /* Put the keys of a run in their pages as [dim][TILE] and the values as [TILE][padded dim], by position. */
 static void store_run(const struct call *c, const struct run *run) {
@@ -125,10 +132,74 @@ static PyObject *attend(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static float widen(uint16_t half) {
+    union {
+        uint32_t bits;
+        float value;
+    } u = {(uint32_t)half << 16};
+    return u.value;
+}
+
+/* Nearest bfloat16, ties to even; a NaN stays one. */
+static uint16_t narrow(float value) {
+    union {
+        float value;
+        uint32_t bits;
+    } u = {value};
+    if (value != value) return 0x7fc0;
+    return (uint16_t)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
+}
+
+/* groups int64 [num_groups, 4]: first row, end row, address of the weight, address of the bias or 0. */
+static PyObject *matmul(PyObject *self, PyObject *args) {
+    unsigned long long x_address, out_address, groups_address;
+    int num_groups, in, out, is_bf16, is_in_out, portable;
+    if (!PyArg_ParseTuple(args, "KKKiiippp", &x_address, &out_address, &groups_address, &num_groups, &in, &out, &is_bf16, &is_in_out,
+                          &portable))
+        return NULL;
+    matmul_fn multiply = matmuls_portable[is_in_out][is_bf16];
+#if defined(__x86_64__)
+    if (!portable && use_avx2()) multiply = matmuls_avx2[is_in_out][is_bf16];
+#endif
+    const int block = BLOCK_FLOATS / in / 4 * 4 > 4 ? BLOCK_FLOATS / in / 4 * 4 : 4; /* rows whose inputs stay in the second cache */
+    float *wide = NULL;
+    if (is_bf16 && !(wide = malloc(sizeof(float) * block * ((size_t)in + out)))) return PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS;
+    const int64_t *group = (const int64_t *)(uintptr_t)groups_address;
+    for (int g = 0; g < num_groups; g++, group += 4) {
+        const char *weight = (const char *)(uintptr_t)group[2];
+        const void *bias = (const void *)(uintptr_t)group[3];
+        for (int64_t row = group[0]; row < group[1]; row += block) {
+            int rows = group[1] - row < block ? (int)(group[1] - row) : block;
+            size_t from = (size_t)row * in, to = (size_t)row * out, count = (size_t)rows * out;
+            if (!is_bf16) {
+                float *y = (float *)(uintptr_t)out_address + to;
+                multiply((const float *)(uintptr_t)x_address + from, rows, weight, in, out, y);
+                if (bias)
+                    for (size_t i = 0; i < count; i++) y[i] += ((const float *)bias)[i % out];
+                continue;
+            }
+            const uint16_t *x = (const uint16_t *)(uintptr_t)x_address + from;
+            uint16_t *y = (uint16_t *)(uintptr_t)out_address + to;
+            float *wide_y = wide + (size_t)block * in;
+            for (size_t i = 0; i < (size_t)rows * in; i++) wide[i] = widen(x[i]);
+            multiply(wide, rows, weight, in, out, wide_y);
+            if (bias)
+                for (size_t i = 0; i < count; i++) wide_y[i] += widen(((const uint16_t *)bias)[i % out]);
+            for (size_t i = 0; i < count; i++) y[i] = narrow(wide_y[i]);
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    free(wide);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"attend", attend, METH_VARARGS,
      "attend(q, k, v, out, sinks, pool, runs, num_runs, num_heads, num_kv_heads, key_dim, value_dim, padded_value_dim, page_stride, "
      "layer_offset, head_stride, window, scale, portable): store new keys and values, then attend. Addresses are integers."},
+    {"matmul", matmul, METH_VARARGS,
+     "matmul(x, out, groups, num_groups, in, out, is_bf16, is_in_out, portable): rows of x times each group's weight, plus its bias."},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", "Row-invariant kernels.", -1, methods, NULL, NULL, NULL, NULL};

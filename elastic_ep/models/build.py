@@ -69,6 +69,16 @@ def experts_module(model: PreTrainedModel, layer: int) -> nn.Module:
     return module
 
 
-def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weight of every linear layer as it is multiplied, [in, out]."""
-    return [module.weight.t() for module in model.modules() if isinstance(module, nn.Linear)]
+def router_weights(model: PreTrainedModel, spec: ModelSpec) -> list[torch.Tensor]:
+    """The weights that transformers' routers multiply with by themselves, [in, out], in the dtype that they use."""
+    modules = [model.model.layers[layer].mlp for layer in spec.moe_layers]
+    routers = [getattr(mlp, "gate", None) or mlp.router for mlp in modules]
+    weights = [router.weight.float() if hasattr(router, "e_score_correction_bias") else router.weight for router in routers]
+    return [weight.t() for weight in weights]
+
+
+def use_linear(model: PreTrainedModel, kind: type[nn.Linear]) -> None:
+    """Make every nn.Linear of the model one of `kind`, a subclass that adds no state."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = kind

@@ -12,10 +12,11 @@ from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.models.attention import AttentionState
-from elastic_ep.models.build import build_model, experts_module, linear_weights, load_dense
+from elastic_ep.models.build import build_model, experts_module, load_dense, router_weights, use_linear
 from elastic_ep.models.experts import LayerExperts, StepState, StepVoid
 from elastic_ep.models.kv import PagedKV
-from elastic_ep.models.rows import MIN_ROWS, check_matmul, padded_rows, row_multiple
+from elastic_ep.models.linear import FastLinear, RowLinear, multiply_groups, multiply_groups_fast
+from elastic_ep.models.rows import check_matmul, padded_rows, row_multiple
 from elastic_ep.models.sampling import sample
 from elastic_ep.models.slots import ExpertSlots
 from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
@@ -94,16 +95,18 @@ class ElasticEngine:
             bool(modules[0].is_transposed),
             self._num_spare,
         )
-        inner_multiple = 0 if self.fast_math else row_multiple([spec.intermediate_size])
-        self._row_multiple = 0 if self.fast_math else row_multiple(family.elementwise_lengths(spec.config))
-        self._layers = [LayerExperts(i, self.rank, m, self.slots, inner_multiple) for i, m in enumerate(modules)]
+        use_linear(self._model, FastLinear if self.fast_math else RowLinear)
+        inner_multiple = 1 if self.fast_math else row_multiple([spec.intermediate_size])
+        multiply = multiply_groups_fast if self.fast_math else multiply_groups
+        self._row_multiple = row_multiple(family.elementwise_lengths(spec.config))
+        self._layers = [LayerExperts(i, self.rank, m, self.slots, inner_multiple, multiply) for i, m in enumerate(modules)]
         self._attention = AttentionState(self.kv)
         for module, experts in zip(modules, self._layers, strict=True):
             module.elastic_experts = experts  # type: ignore[assignment]
         for decoder_layer in self._model.model.layers:
             decoder_layer.self_attn.elastic_attention = self._attention
         if not self.fast_math:
-            check_matmul([*linear_weights(self._model), *self.slots.matrices()])
+            check_matmul(router_weights(self._model, spec))
 
     def load_expert(self, load: SlotLoad) -> tuple[int, int]:
         """Read one expert's bytes into a slot and verify them. Returns (digest, bytes read). Raises CheckpointError."""
@@ -166,9 +169,8 @@ class ElasticEngine:
         hidden = self._model.model(input_ids=both[:1], position_ids=both[1:], use_cache=False).last_hidden_state[0]
         if not sampled:
             return torch.empty(0, 0)
-        picked = sampled if self.fast_math else sampled + [sampled[0]] * (MIN_ROWS - len(sampled))
-        logits: torch.Tensor = self._model.lm_head(hidden[picked])
-        return logits[: len(sampled)].float()
+        logits: torch.Tensor = self._model.lm_head(hidden[sampled])
+        return logits.float()
 
     def _serve_only(self, state: StepState) -> torch.Tensor:
         """This rank has no tokens: it still serves its experts, layer by layer."""

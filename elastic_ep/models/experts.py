@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +12,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from elastic_ep.core.errors import WrongExpertError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.models.build import IMPLEMENTATION
-from elastic_ep.models.rows import MIN_ROWS, padded_rows
+from elastic_ep.models.linear import Weight
 from elastic_ep.models.slots import ExpertSlots, ExpertWeights
 from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, Interrupted, PeerFailed, StepPoint
-
 
 Groups = tuple[tuple[int, int, int], ...]
 """(expert, first row, end row), as DispatchHandle.groups"""
@@ -52,7 +51,8 @@ class LayerExperts:
     Attributes:
         layer: index among the MoE layers.
         module: the experts module of transformers; its gate and layout are used, it has no weights.
-        row_multiple: rows of intermediate activations that fill whole vectors; 0 computes exactly the rows that came (no invariance).
+        row_multiple: rows of intermediate activations that fill whole vectors; 1 where bits do not matter.
+        multiply: `multiply_groups`, or its fast sister.
     """
 
     layer: int
@@ -60,6 +60,7 @@ class LayerExperts:
     module: torch.nn.Module
     slots: ExpertSlots
     row_multiple: int
+    multiply: Callable[[torch.Tensor, Sequence[tuple[int, int]], Sequence[Weight], torch.Tensor], None]
     state: StepState | None = None
 
     def forward(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -102,16 +103,15 @@ class LayerExperts:
         return out
 
     def _run(self, rows: torch.Tensor, groups: Groups, weights: Sequence[ExpertWeights]) -> torch.Tensor:
-        bounds, take, give = _pad_groups(groups, self.row_multiple)
-        x = rows if take is None else rows.index_select(0, take)
-        gate_up = torch.empty(len(x), weights[0].gate_up.shape[1], dtype=x.dtype)
-        for (begin, end), w in zip(bounds, weights, strict=True):
-            _multiply(x, gate_up, begin, end, w.gate_up, w.gate_up_bias)
-        inner = self.module._apply_gate(gate_up)  # type: ignore[operator]
-        y = torch.empty_like(x)
-        for (begin, end), w in zip(bounds, weights, strict=True):
-            _multiply(inner, y, begin, end, w.down, w.down_bias)
-        return y if give is None else y.index_select(0, give)
+        bounds = [(begin, end) for _, begin, end in groups]
+        count, padded = len(rows), -(-len(rows) // self.row_multiple) * self.row_multiple
+        gate_up = torch.empty(padded, weights[0].gate_up.num_out, dtype=rows.dtype)
+        gate_up[count:] = 0
+        self.multiply(rows, bounds, [w.gate_up for w in weights], gate_up)
+        inner: torch.Tensor = self.module._apply_gate(gate_up)  # type: ignore[operator]
+        out = torch.empty_like(rows)
+        self.multiply(inner, bounds, [w.down for w in weights], out)
+        return out
 
     def _stream(self, expert: int, routing: RoutingTable) -> ExpertWeights:
         if routing.streamed.get((self.layer, expert)) == self.rank:
@@ -119,39 +119,6 @@ class LayerExperts:
         raise WrongExpertError(
             f"rank {self.rank} was sent tokens for expert {expert} of MoE layer {self.layer} in epoch {routing.epoch}; no slot holds it"
         )
-
-
-def _multiply(x: torch.Tensor, out: torch.Tensor, begin: int, end: int, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x[begin:end], weight, out=out[begin:end])
-    else:
-        torch.addmm(bias, x[begin:end], weight, out=out[begin:end])
-
-
-def _pad_groups(groups: Groups, multiple: int) -> tuple[list[tuple[int, int]], torch.Tensor | None, torch.Tensor | None]:
-    """Give each group at least MIN_ROWS rows, and the whole a multiple of `multiple`.
-
-    Returns the new bounds of each group, the row to put in each place and the place of each row (None: as they are). Padding
-    repeats a group's first row; its results are dropped.
-    """
-    if multiple == 0:
-        return [(begin, end) for _, begin, end in groups], None, None
-    take: list[int] = []
-    give: list[int] = []
-    bounds = []
-    for _, begin, end in groups:
-        place = len(take)
-        give.extend(range(place, place + end - begin))
-        take.extend(range(begin, end))
-        take.extend([begin] * (MIN_ROWS - (end - begin)))
-        bounds.append((place, len(take)))
-    short = padded_rows(len(take), multiple) - len(take)
-    if short:
-        take.extend([groups[-1][1]] * short)
-        bounds[-1] = (bounds[-1][0], len(take))
-    if len(take) == groups[-1][2]:
-        return bounds, None, None
-    return bounds, torch.tensor(take), torch.tensor(give)
 
 
 def _forward(module: torch.nn.Module, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:

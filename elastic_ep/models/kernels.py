@@ -1,18 +1,20 @@
-"""The compiled kernels, without a framework: the controller asks them for the KV page size."""
+"""The compiled kernels, and what to say where they were not built."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 
 from elastic_ep.core.errors import ElasticEPError
 
 
-def load_kernels() -> ModuleType:
-    """The extension module. Raises ElasticEPError where it was not built."""
+@functools.cache
+def kernels() -> ModuleType:
+    """The extension module `_kernels`. Raises ElasticEPError where it is missing."""
     try:
-        from elastic_ep.models import _kernels
+        return importlib.import_module("elastic_ep.models._kernels")
     except ImportError as error:
         raise ElasticEPError(
             f"the compiled kernels are missing ({error}); install a C compiler and reinstall elastic-ep to serve models"
         ) from error
-    return _kernels

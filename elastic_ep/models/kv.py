@@ -7,27 +7,16 @@ computed in this step or came from an earlier one. A page covers all layers: [la
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elastic_ep.core.errors import ElasticEPError, InvalidInputError
+from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.models.families import KVShape
-
-
-def load_kernels() -> ModuleType:
-    """The compiled kernels. Raises ElasticEPError where they were not built."""
-    try:
-        return importlib.import_module("elastic_ep.models._kernels")
-    except ImportError as error:
-        raise ElasticEPError(
-            f"the compiled kernels are missing ({error}); install a C compiler and reinstall elastic-ep to serve models"
-        ) from error
+from elastic_ep.models.kernels import kernels
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ class PagedKV:
     """
 
     def __init__(self, num_layers: int, shape: KVShape, capacity_tokens: int):
-        self._kernels = load_kernels()
+        self._kernels = kernels()
         self.page_tokens: int = self._kernels.TILE
         self.num_pages = -(-capacity_tokens // self.page_tokens)
         self._shape = shape

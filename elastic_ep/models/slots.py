@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from elastic_ep.core.errors import CheckpointError, InvalidInputError
+from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
 from elastic_ep.runtime.weights.base import ExpertSource, SlotLayout, digest_of
 
 
-@dataclass(frozen=True)
-class ExpertWeights:
-    """Views of one slot as the matrices that rows are multiplied with.
+class ExpertWeights(NamedTuple):
+    """Views of one slot as the matrices that rows are multiplied with: hidden to gate and up, intermediate to hidden."""
 
-    Attributes:
-        gate_up: [H, 2I]; down: [I, H]; views, transposed where the layout stores them the other way.
-        gate_up_bias, down_bias: [2I] and [H], or None.
-    """
-
-    gate_up: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    gate_up: Weight
+    down: Weight
 
 
 class ExpertSlots:
@@ -98,11 +91,6 @@ class ExpertSlots:
         """uint8 [SlotLayout.num_bytes]: a slot's memory, for whoever sends it to a peer or backs it up."""
         return self._memory[layer][slot]
 
-    def matrices(self) -> list[torch.Tensor]:
-        """One matrix of each shape and layout, [in, out]."""
-        weights = self._weights[0][0] if self.num_slots else self._as_weights(torch.zeros(self._layout.num_bytes, dtype=torch.uint8))
-        return [weights.gate_up, weights.down]
-
     def close(self) -> None:
         self._source.close()
 
@@ -122,7 +110,7 @@ class ExpertSlots:
 
     def _as_weights(self, memory: torch.Tensor) -> ExpertWeights:
         parts = self._layout.views(memory)
-        gate_up, down = parts["gate_up_proj"], parts["down_proj"]
-        if not self._is_transposed:
-            gate_up, down = gate_up.t(), down.t()
-        return ExpertWeights(gate_up, parts.get("gate_up_proj_bias"), down, parts.get("down_proj_bias"))
+        return ExpertWeights(
+            Weight(parts["gate_up_proj"], parts.get("gate_up_proj_bias"), self._is_transposed),
+            Weight(parts["down_proj"], parts.get("down_proj_bias"), self._is_transposed),
+        )
