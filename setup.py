@@ -13,5 +13,11 @@ setup(
             extra_compile_args=COMPILE_ARGS,
             optional=True,
         ),
+        Extension(
+            "elastic_ep.runtime.dispatch._rows",
+            ["elastic_ep/runtime/dispatch/_rows.c"],
+            extra_compile_args=COMPILE_ARGS,
+            optional=True,
+        ),
     ]
 )

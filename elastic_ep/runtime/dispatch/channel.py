@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameError, FrameKey, Header, parse_header
+from elastic_ep.runtime.dispatch.outbox import Inbox
 
+_AHEAD_BYTES = 1 << 14
+"""read at once: a header and what small payload follows it"""
 _DISCARD_BYTES = 1 << 18
 _MAX_BUFFERS = 64
 """buffers handed to one sendmsg; well below the kernel's IOV_MAX"""
-
-Accept = Callable[[int, Header], Sequence[Any]]
-"""(peer, header) of the expected frame -> writable byte buffers for its payload, empty ones left out. Raises FrameError to refuse it."""
 
 
 class Progress(enum.Enum):
@@ -39,7 +39,7 @@ class Progress(enum.Enum):
 
 @dataclass(slots=True)
 class Counters:
-    """What a dispatcher's channels did, over its whole life."""
+    """What a dispatcher's channels did, over its whole life. Rows that went through an outbox are not in the byte counts."""
 
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -54,20 +54,27 @@ def byte_view(array: Any) -> memoryview:
 
 
 class Channel:
-    """A connected, non-blocking stream socket. `peer` is the rank at its other end, `address` the incarnation of it."""
+    """A connected, non-blocking stream socket.
 
-    def __init__(self, sock: socket.socket, peer: int, address: str, counters: Counters, max_payload_bytes: int):
+    Attributes:
+        peer, address: the rank at the other end, and the incarnation of it.
+        inbox: the peer's outbox, if rows travel through shared memory both ways; else None.
+        broken: the other end is gone: sending failed, or end-of-file was read.
+    """
+
+    def __init__(self, sock: socket.socket, peer: int, address: str, counters: Counters, max_payload_bytes: int, inbox: Inbox | None):
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
         self.address = address
+        self.inbox = inbox
         self.broken = False
-        """the other end is gone: sending failed, or end-of-file was read"""
         self._counters = counters
         self._max_payload_bytes = max_payload_bytes
         self._out: deque[memoryview] = deque()
-        self._raw_header = memoryview(bytearray(HEADER_BYTES))
-        self._header_got = 0
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._begin = self._end = 0
+        """what is read and not yet used of `_ahead`"""
         self._header: Header | None = None
         self._body: list[memoryview] | None = None
         """what is still to be filled of the expected frame; None before its reader is known"""
@@ -82,15 +89,15 @@ class Channel:
 
     def post(self, buffers: Sequence[Any]) -> None:
         """Queue one frame (non-empty byte buffers, owned by the channel from now on) and send what the socket takes."""
-        self._out.extend(memoryview(b) for b in buffers)
+        self._out.extend(map(memoryview, buffers))
         self.flush()
 
     def flush(self) -> None:
         """Send what the socket takes now. A peer that is gone sets `broken`; nothing is raised."""
         out = self._out
         while out and not self.broken:
+            batch = list(out) if len(out) <= _MAX_BUFFERS else [out[i] for i in range(_MAX_BUFFERS)]
             try:
-                batch = list(out) if len(out) <= _MAX_BUFFERS else [out[i] for i in range(_MAX_BUFFERS)]
                 sent = self.sock.sendmsg(batch, (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
@@ -98,18 +105,25 @@ class Channel:
                 self.broken = True
                 return
             self._counters.bytes_sent += sent
-            while sent:
-                head = out[0]
-                if sent < len(head):
-                    out[0] = head[sent:]
-                    return
-                sent -= len(head)
-                out.popleft()
+            while out and sent >= len(out[0]):
+                sent -= len(out.popleft())
+            if sent:
+                out[0] = out[0][sent:]
 
     # ---- in
 
-    def receive(self, want: FrameKey, accept: Accept) -> Progress:
-        """Read until the frame `want` is complete or no more bytes are there. Older frames are dropped, a newer one is left."""
+    @property
+    def holds_input(self) -> bool:
+        """Bytes are here that no poll will announce."""
+        return self._header is not None or self._begin < self._end
+
+    def receive(self, want: FrameKey, accept: Callable[[Channel, Header], Sequence[Any]]) -> Progress:
+        """Read until the frame `want` is complete or no more bytes are there. Older frames are dropped, a newer one is left.
+
+        Args:
+            accept: called once with the expected frame's header; returns non-empty writable buffers for its payload, or raises
+                FrameError to refuse it.
+        """
         try:
             while True:
                 header = self._header or self._read_header()
@@ -117,16 +131,16 @@ class Channel:
                     return Progress.PARKED
                 if header.key == want:
                     if self._body is None:
-                        self._body = [memoryview(b) for b in accept(self.peer, header)]
+                        self._body = [memoryview(b).cast("B") for b in accept(self, header)]
                     self._read_body(self._body)
-                    self._start_next()
+                    self._header = self._body = None
                     return Progress.DONE
                 if self._discard is None:
                     # never wanted, or its call was aborted half-way and the rest has no reader any more
                     self._discard = header.payload_bytes if self._body is None else sum(map(len, self._body))
                 self._read_discard()
                 self._counters.stale_frames += 1
-                self._start_next()
+                self._header = self._body = self._discard = None
         except BlockingIOError:
             return Progress.WAITING
         except FrameError:
@@ -136,19 +150,25 @@ class Channel:
             self.broken = True
             return Progress.CLOSED
 
-    def _start_next(self) -> None:
-        self._header = self._body = self._discard = None
-        self._header_got = 0
-
     def _read_header(self) -> Header:
-        while self._header_got < HEADER_BYTES:
-            self._header_got += self._count(self.sock.recv_into(self._raw_header[self._header_got :]))
-        self._header = parse_header(self._raw_header, self._max_payload_bytes)
+        while self._end - self._begin < HEADER_BYTES:
+            left = self._end - self._begin
+            self._ahead[:left] = self._ahead[self._begin : self._end]
+            self._begin, self._end = 0, left
+            self._end += self._count(self.sock.recv_into(self._ahead[left:] if left else self._ahead))
+        self._header = parse_header(self._ahead, self._begin, self._max_payload_bytes)
+        self._begin += HEADER_BYTES
         return self._header
 
     def _read_body(self, body: list[memoryview]) -> None:
         while body:
-            got = self._count(self.sock.recv_into(body[0]) if len(body) == 1 else self.sock.recvmsg_into(body)[0])
+            head = body[0]
+            got = min(len(head), self._end - self._begin)
+            if got:
+                head[:got] = self._ahead[self._begin : self._begin + got]
+                self._begin += got
+            else:
+                got = self._count(self.sock.recv_into(head) if len(body) == 1 else self.sock.recvmsg_into(body)[0])
             while body and got >= len(body[0]):
                 got -= len(body.pop(0))
             if got:
@@ -156,9 +176,13 @@ class Channel:
 
     def _read_discard(self) -> None:
         assert self._discard is not None
-        scratch = memoryview(bytearray(min(self._discard, _DISCARD_BYTES)))
-        while self._discard:
-            self._discard -= self._count(self.sock.recv_into(scratch[: self._discard]))
+        got = min(self._discard, self._end - self._begin)
+        self._begin += got
+        self._discard -= got
+        if self._discard:
+            scratch = memoryview(bytearray(min(self._discard, _DISCARD_BYTES)))
+            while self._discard:
+                self._discard -= self._count(self.sock.recv_into(scratch[: self._discard]))
 
     def _count(self, got: int) -> int:
         if not got:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +13,22 @@ from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.checks import check_combine, check_dispatch
-from elastic_ep.runtime.dispatch.grouping import as_array, plan_arrival, plan_departure, take_rows, weighted_sum
+from elastic_ep.runtime.dispatch.grouping import plan_arrival, plan_departure
+from elastic_ep.runtime.dispatch.rows import RowBuffer, as_array, gather, weighted_sum
 
 
 @dataclass(frozen=True, slots=True)
 class _LocalState:
-    position: NDArray[np.int64]
+    back: NDArray[np.int32]
+    position: NDArray[np.int32]
     weights: torch.Tensor
 
 
 class LocalDispatcher:
     """Rank 0 of 1. Rows never leave the process; nothing can fail."""
+
+    def __init__(self) -> None:
+        self._buffer = RowBuffer()
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> None:
         """There is nobody to dial. Raises InvalidInputError if `peers` names anyone but rank 0."""
@@ -37,17 +41,17 @@ class LocalDispatcher:
         """See `Dispatcher.dispatch`."""
         ids = check_dispatch(x, topk_ids, topk_weights, routing, at)
         departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, 0, at.step), 1)
-        arrival = plan_arrival(departure.tokens[departure.pairs[:, 0]], departure.pairs[:, 1])
-        rows = torch.empty((len(arrival.source_row), x.shape[1]), dtype=x.dtype)
-        take_rows(as_array(x), arrival.source_row, as_array(rows))
-        position = arrival.back[departure.position]
-        return DispatchHandle(rows, arrival.groups, _LocalState(position, topk_weights))
+        arrival = plan_arrival([departure.pairs], [len(x)], np.ones(routing.replica_rank.shape[1], dtype=bool))
+        rows, array = self._buffer.take(len(arrival.row_of), x.shape[1], x.dtype)
+        gather(array, [as_array(x)], arrival.source_of, arrival.row_of)
+        return DispatchHandle(rows, arrival.groups, _LocalState(arrival.back, departure.position, topk_weights))
 
     def combine(self, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See `Dispatcher.combine`."""
-        state: Any = handle.state
+        state: _LocalState = handle.state
         y = check_combine(y, handle)
-        return weighted_sum(as_array(y), state.position, state.weights, y.dtype)
+        source_of = np.zeros_like(state.back)
+        return weighted_sum([as_array(y)], source_of, state.back, state.position, state.weights, y.shape[1], y.dtype)
 
     def close(self) -> None:
         pass

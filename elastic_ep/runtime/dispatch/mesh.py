@@ -6,66 +6,53 @@ those above it call it. A rank whose address changed is a new process: its old c
 
 from __future__ import annotations
 
-import errno
 import select
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.runtime.dispatch import addresses, handshake
 from elastic_ep.runtime.dispatch.base import FailureKind, Interrupted, PeerFailed
+from elastic_ep.runtime.dispatch.calls import Call, Guest
 from elastic_ep.runtime.dispatch.channel import Channel, Counters
+from elastic_ep.runtime.dispatch.outbox import Inbox, Outbox, OutboxError
 
 GONE = select.POLLHUP | select.POLLERR | select.POLLRDHUP
 """poll events that say the other end has closed, also while unread bytes are left"""
-_RETRY_MIN_S = 0.001
-_RETRY_MAX_S = 0.02
 _MAX_GUESTS = 1024
 
 
-@dataclass(slots=True)
-class _Dial:
-    """An outgoing call. `sock` is None between two attempts."""
-
-    rank: int
-    address: str
-    sock: socket.socket | None = None
-    hello: bytes = b""
-    answer: bytes = b""
-    sent: bool = False
-    retry_at: float = 0.0
-    pause_s: float = _RETRY_MIN_S
-    outcome: FailureKind = FailureKind.DEADLINE
-
-
-@dataclass(slots=True)
-class _Guest:
-    """An accepted connection whose hello is not complete."""
-
-    sock: socket.socket
-    hello: bytes = b""
-
-
 class Mesh:
-    """Channels to the peers of the current epoch. `channels` lacks those that failed since the last `connect`."""
+    """Channels to the peers of the current epoch. `channels` lacks those that failed since the last `connect`.
 
-    def __init__(self, rank: int, listen_address: str, token: str, interrupt_fd: int | None, max_payload_bytes: int):
+    Args:
+        region_bytes: size of each region of this rank's outbox. With 0, or if the listen address is not a Unix one, all rows go through
+            sockets.
+    """
+
+    def __init__(self, rank: int, listen_address: str, token: str, interrupt_fd: int | None, max_payload_bytes: int, region_bytes: int):
         self.rank = rank
         self.address = listen_address
         self.peers: dict[int, str] = {}
         self.channels: dict[int, Channel] = {}
         self.counters = Counters()
+        self.outbox: Outbox | None = None
         self._token = token
         self._interrupt_fd = interrupt_fd
         self._max_payload_bytes = max_payload_bytes
+        self._region_bytes = region_bytes
         self._listener: socket.socket | None = None
 
     def listen(self) -> str:
         """Start listening, once. Returns the address that peers dial. Raises InvalidInputError."""
         if self._listener is None:
             self._listener, self.address = addresses.listen(self.address)
+            if self._region_bytes and self._listener.family == socket.AF_UNIX:
+                try:
+                    self.outbox = Outbox(self._region_bytes)
+                except OutboxError:
+                    self.outbox = None
         return self.address
 
     def close(self) -> None:
@@ -75,6 +62,9 @@ class Mesh:
             self._listener.close()
             self._listener = None
             addresses.unlink(self.address)
+        if self.outbox is not None:
+            self.outbox.close()
+            self.outbox = None
 
     def drop(self, rank: int) -> None:
         """Close the channel to a rank, if there is one."""
@@ -93,18 +83,18 @@ class Mesh:
                 self.drop(rank)
         self._drop_gone()
         deadline = time.monotonic() + deadline_s
-        dials = {rank: _Dial(rank, address) for rank, address in self.peers.items() if rank < self.rank}
-        guests: dict[int, _Guest] = {}
+        calls = {rank: Call(rank, address) for rank, address in self.peers.items() if rank < self.rank}
+        guests: dict[int, Guest] = {}
         try:
-            return self._meet(dials, guests, deadline)
+            return self._meet(calls, guests, deadline)
         finally:
-            for dial in dials.values():
-                if dial.sock is not None:
-                    dial.sock.close()
+            for call in calls.values():
+                call.close()
             for guest in guests.values():
-                guest.sock.close()
+                guest.close()
 
     def _drop_gone(self) -> None:
+        """Close the channels whose other end is closed, also if unread frames are left."""
         poll = select.poll()
         for channel in self.channels.values():
             poll.register(channel.fd, select.POLLRDHUP)
@@ -114,30 +104,34 @@ class Mesh:
 
     # ---- the loop of connect
 
-    def _meet(self, dials: dict[int, _Dial], guests: dict[int, _Guest], deadline: float) -> PeerFailed | Interrupted | None:
+    def _meet(self, calls: dict[int, Call], guests: dict[int, Guest], deadline: float) -> PeerFailed | Interrupted | None:
         """Call and answer until every peer has a channel, the deadline passes or the interrupt fires."""
         self._accept(guests)
         while True:
             now = time.monotonic()
-            self._start_calls(dials, now)
             missing = [rank for rank in self.peers if rank not in self.channels]
             if not missing:
                 return None
             if now >= deadline:
-                return PeerFailed({r: dials[r].outcome if r in dials else FailureKind.DEADLINE for r in missing})
-            events = self._poll(dials, guests, missing, now, deadline)
+                return PeerFailed({r: calls[r].outcome if r in calls else FailureKind.DEADLINE for r in missing})
+            due = [calls[r] for r in missing if r in calls]
+            for call in due:
+                if call.sock is None and now >= call.retry_at:
+                    call.start(self.rank, self.address, self._token, self.outbox, now)
+            events = self._poll(due, guests, now, deadline)
             if self._interrupt_fd in events:
                 return Interrupted()
             if any(channel.fd in events for channel in self.channels.values()):
                 self._drop_gone()
-            for dial in dials.values():
-                if dial.sock is not None and dial.sock.fileno() in events:
-                    self._advance_call(dial)
+            for call in due:
+                if call.sock is not None and call.sock.fileno() in events:
+                    self._advance(call)
             for fd in [fd for fd in guests if fd in events]:
                 self._greet(guests, fd)
             self._accept(guests)
 
-    def _poll(self, dials: dict[int, _Dial], guests: dict[int, _Guest], missing: list[int], now: float, deadline: float) -> dict[int, int]:
+    def _poll(self, calls: list[Call], guests: dict[int, Guest], now: float, deadline: float) -> dict[int, int]:
+        """Wait for any of the sockets, the next retry or the deadline. Returns fd -> events."""
         assert self._listener is not None
         poll = select.poll()
         wake = deadline
@@ -148,69 +142,21 @@ class Mesh:
             poll.register(channel.fd, select.POLLRDHUP)
         for fd in guests:
             poll.register(fd, select.POLLIN)
-        for dial in dials.values():
-            if dial.sock is not None:
-                poll.register(dial.sock, select.POLLIN if dial.sent else select.POLLOUT)
-            elif dial.rank in missing:
-                wake = min(wake, dial.retry_at)
+        for call in calls:
+            if call.sock is not None:
+                poll.register(call.sock, select.POLLOUT if call.wants_to_write else select.POLLIN)
+            else:
+                wake = min(wake, call.retry_at)
         return dict(poll.poll(max(0.0, (wake - now) * 1e3)))
 
-    # ---- calling
-
-    def _start_calls(self, dials: dict[int, _Dial], now: float) -> None:
-        for dial in dials.values():
-            if dial.sock is None and dial.rank not in self.channels and now >= dial.retry_at:
-                endpoint = addresses.parse_address(dial.address)
-                dial.sock = addresses.new_socket(endpoint)
-                dial.hello = handshake.pack_hello(self.rank, self.address, dial.rank, dial.address, self._token)
-                dial.answer, dial.sent = b"", False
-                try:
-                    dial.sock.connect(endpoint.target)
-                except BlockingIOError as error:
-                    if error.errno != errno.EINPROGRESS:
-                        self._hang_up(dial)
-                except OSError:
-                    self._hang_up(dial)
-
-    def _hang_up(self, dial: _Dial, outcome: FailureKind = FailureKind.DEADLINE) -> None:
-        """This attempt failed; another one follows after a pause that grows."""
-        assert dial.sock is not None
-        dial.sock.close()
-        dial.sock = None
-        dial.outcome = outcome
-        dial.retry_at = time.monotonic() + dial.pause_s
-        dial.pause_s = min(2 * dial.pause_s, _RETRY_MAX_S)
-
-    def _advance_call(self, dial: _Dial) -> None:
-        assert dial.sock is not None
-        try:
-            if not dial.sent:
-                # a fresh socket takes these few bytes whole
-                dial.sent = dial.sock.send(dial.hello, socket.MSG_NOSIGNAL) == len(dial.hello)
-                return
-            got = dial.sock.recv(handshake.WELCOME_BYTES - len(dial.answer))
-        except BlockingIOError:
-            return
-        except OSError:
-            self._hang_up(dial)
-            return
-        if not got:
-            self._hang_up(dial, FailureKind.CLOSED)
-            return
-        dial.answer += got
-        if len(dial.answer) < handshake.WELCOME_BYTES:
-            return
-        if dial.answer != handshake.welcome_for(dial.hello, self._token):
+    def _advance(self, call: Call) -> None:
+        answered = call.advance(self._token, self.outbox, time.monotonic())
+        if answered is not None:
+            self._install(call.rank, *answered)
+        elif call.outcome is FailureKind.PROTOCOL and call.sock is None:
             self.counters.refused_handshakes += 1
-            self._hang_up(dial, FailureKind.PROTOCOL)
-            return
-        self._install(dial.sock, dial.rank)
-        dial.sock = None
-        dial.pause_s = _RETRY_MIN_S
 
-    # ---- answering
-
-    def _accept(self, guests: dict[int, _Guest]) -> None:
+    def _accept(self, guests: dict[int, Guest]) -> None:
         assert self._listener is not None
         while len(guests) < _MAX_GUESTS:
             try:
@@ -219,57 +165,39 @@ class Mesh:
                 return
             sock.setblocking(False)
             addresses.tune(sock)
-            guests[sock.fileno()] = _Guest(sock)
+            guests[sock.fileno()] = Guest(sock)
             self._greet(guests, sock.fileno())
 
-    def _greet(self, guests: dict[int, _Guest], fd: int) -> None:
+    def _greet(self, guests: dict[int, Guest], fd: int) -> None:
         """Read on in a guest's hello; once it is whole, let the guest in or close."""
         guest = guests[fd]
+        hello = None
         try:
-            got = guest.sock.recv(handshake.HELLO_BYTES - len(guest.hello))
+            guest.hello.read()
+            hello = self._expected(handshake.parse_hello(guest.hello.raw, self._token))
+            if hello is not None:
+                inbox = guest.welcome(hello.region_bytes, self._token, self.outbox)
+                self._install(hello.rank, guest.sock, inbox)
+                del guests[fd]
+                return
         except BlockingIOError:
             return
         except OSError:
-            got = b""
-        guest.hello += got
-        if got and len(guest.hello) < handshake.HELLO_BYTES:
-            return
-        del guests[fd]
-        rank = self._expected_guest(guest.hello) if got else None
-        if rank is None:
+            pass
+        if hello is None:
             self.counters.refused_handshakes += 1
-            guest.sock.close()
-            return
-        if not _answer(guest.sock, handshake.welcome_for(guest.hello, self._token)):
-            guest.sock.close()
-            return
-        self._install(guest.sock, rank)
+        del guests[fd]
+        guest.close()
 
-    def _expected_guest(self, raw: bytes) -> int | None:
-        """The rank that a hello comes from, if it is a peer of this epoch in the very incarnation that we were told, and means us."""
-        hello = handshake.parse_hello(raw, self._token)
+    def _expected(self, hello: handshake.Hello | None) -> handshake.Hello | None:
+        """The hello, if it is from a peer of this epoch in the very incarnation that we were told, and means us."""
         if hello is None or hello.target != self.rank or hello.target_digest != handshake.address_digest(self.address):
             return None
         address = self.peers.get(hello.rank)
         if hello.rank <= self.rank or address is None or hello.address_digest != handshake.address_digest(address):
             return None
-        return hello.rank
+        return hello
 
-    def _install(self, sock: socket.socket, rank: int) -> None:
+    def _install(self, rank: int, sock: socket.socket, inbox: Inbox | None) -> None:
         self.drop(rank)
-        self.channels[rank] = Channel(sock, rank, self.peers[rank], self.counters, self._max_payload_bytes)
-
-
-def _answer(sock: socket.socket, welcome: bytes) -> bool:
-    """Send the welcome, unless the guest has hung up while it waited."""
-    try:
-        if sock.recv(1, socket.MSG_PEEK) == b"":
-            return False
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
-    try:
-        return sock.send(welcome, socket.MSG_NOSIGNAL) == len(welcome)
-    except OSError:
-        return False
+        self.channels[rank] = Channel(sock, rank, self.peers[rank], self.counters, self._max_payload_bytes, inbox)

@@ -1,7 +1,9 @@
 """The embedded default: a full mesh of stream sockets (Unix on one host, TCP between hosts); no group to rebuild after a death.
 
 Per MoE layer each rank sends one frame to every peer and awaits one from each, twice: rows out (dispatch), expert outputs back (combine).
-A call returns when every frame has come and every own byte has left, so a peer never waits for bytes that a busy rank still holds.
+On one host the rows themselves lie in shared memory (`outbox.py`) and frames only name them; the sockets remain the order of events,
+the death notice and the way between hosts. A call returns when every frame has come and every own byte has left, so a peer never
+waits for bytes that a busy rank still holds.
 
 When a peer is known to have failed the step is void, and waiting for the others would only delay recovery: the call goes on for
 `grace_s` to take in what is already on its way, then returns. Peers that were cut short by that are not named as failed.
@@ -13,7 +15,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +26,22 @@ from numpy.typing import NDArray
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interrupted, PeerFailed, StepPoint
-from elastic_ep.runtime.dispatch.channel import Accept, Channel, Progress, byte_view
+from elastic_ep.runtime.dispatch.channel import Channel, Progress, byte_view
 from elastic_ep.runtime.dispatch.checks import DTYPES, check_combine, check_dispatch
 from elastic_ep.runtime.dispatch.frames import FrameError, FrameKey, Header, Phase, pack_header
-from elastic_ep.runtime.dispatch.grouping import Departure, as_array, plan_arrival, plan_departure, take_rows, weighted_sum
+from elastic_ep.runtime.dispatch.grouping import Arrival, BadPairsError, Departure, distinct_rows, plan_arrival, plan_departure
 from elastic_ep.runtime.dispatch.mesh import GONE, Mesh
+from elastic_ep.runtime.dispatch.outbox import OutboxError
+from elastic_ep.runtime.dispatch.rows import RowBuffer, array_dtype, as_array, gather, weighted_sum
 
 _FAILURE_OF = {Progress.CLOSED: FailureKind.CLOSED, Progress.REFUSED: FailureKind.PROTOCOL}
+_SMALL_BYTES = 1 << 13
+"""a payload up to this is copied behind its header: one buffer to send instead of two"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Exchanged:
-    """How an exchange ended: which peers failed, which frames came, whether the interrupt fired."""
+    """How an exchange ended: which peers failed, whose frames came, whether the interrupt fired."""
 
     failed: dict[int, FailureKind]
     arrived: set[int]
@@ -49,7 +55,7 @@ class _SocketState:
     at: StepPoint
     departure: Departure
     weights: torch.Tensor
-    back: NDArray[np.int64]
+    back: NDArray[np.int32]
     source_pairs: dict[int, tuple[int, int]]
 
 
@@ -58,13 +64,15 @@ class SocketDispatcher:
 
     Args:
         rank: this rank's seat.
-        listen_address: `unix:/path`, `unix:@name` or `tcp:HOST:PORT` (port 0: any free one), optionally with
-            `#incarnation`. Must be another one for each process that takes the seat.
+        listen_address: `unix:/path`, `unix:@name` or `tcp:HOST:PORT` (port 0: any free one), optionally with `#incarnation`. Must be
+            another one for each process that takes the seat.
         token: shared by the ranks of one run; who does not know it is not let in.
         interrupt: a socket or file descriptor; while it is readable, a call that has to wait returns Interrupted instead.
         deadline_s: longest wait for peers in one dispatch or combine. Must exceed the slowest peer's expert compute.
         grace_s: how much longer a call takes in other peers' frames once one peer is known to have failed.
         max_payload_bytes: a frame that claims more is refused.
+        shared_bytes: address space (not memory) for the rows of one phase in shared memory; a larger batch goes through sockets, as
+            everything does with 0.
     """
 
     def __init__(
@@ -77,15 +85,19 @@ class SocketDispatcher:
         deadline_s: float = 10.0,
         grace_s: float = 0.005,
         max_payload_bytes: int = 1 << 32,
+        shared_bytes: int = 1 << 32,
     ):
         self.rank = rank
         self.deadline_s = deadline_s
         self.grace_s = grace_s
         self._interrupt_fd = interrupt.fileno() if isinstance(interrupt, socket.socket) else interrupt
-        self._mesh = Mesh(rank, listen_address, token, self._interrupt_fd, max_payload_bytes)
+        self._mesh = Mesh(rank, listen_address, token, self._interrupt_fd, max_payload_bytes, shared_bytes)
+        self._ranks = [rank]
         self._last_key = FrameKey(-1, -1, -1, -1)
         self._routing: RoutingTable | None = None
         self._served: dict[int, NDArray[np.bool_]] = {}
+        self._grouped = RowBuffer()
+        self._buffers: dict[tuple[str, int], NDArray[np.uint8]] = {}
 
     # ---- membership
 
@@ -111,6 +123,7 @@ class SocketDispatcher:
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
         """See `Dispatcher.connect`."""
+        self._ranks = sorted({self.rank, *peers})
         return self._mesh.connect(peers, deadline_s)
 
     def close(self) -> None:
@@ -124,121 +137,165 @@ class SocketDispatcher:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    # ---- one layer
+    # ---- dispatch
 
     def dispatch(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint
     ) -> DispatchHandle | PeerFailed | Interrupted:
         """See `Dispatcher.dispatch`. Raises InvalidInputError for input that cannot be served; `at` must grow from call to call."""
         ids = check_dispatch(x, topk_ids, topk_weights, routing, at)
+        departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, self.rank, at.step), self._ranks[-1] + 1)
+        self._check_destinations(departure)
         key = self._next_key(at, Phase.DISPATCH)
-        ranks = self._ranks()
-        departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, self.rank, at.step), ranks[-1] + 1)
-        self._check_destinations(departure, ranks)
         code, source = DTYPES.index(x.dtype), as_array(x)
         hidden = source.shape[1]
-        leaving = np.empty((len(departure.tokens), hidden), dtype=source.dtype)
-        take_rows(source, departure.tokens, leaving)
-        parts = {r: self._own_part(departure, leaving, r) for r in ranks}
-        received = {self.rank: parts[self.rank]}
+        pairs_of, rows_of = {self.rank: departure.pairs_for(self.rank)}, {self.rank: source}
 
-        def accept(peer: int, header: Header) -> list[memoryview]:
-            if header.hidden != hidden or header.dtype_code != code:
-                raise FrameError(f"rank {peer} sent hidden {header.hidden} dtype {header.dtype_code}, here {hidden} and {code}")
-            pairs = np.empty((header.pairs, 2), dtype=np.int32)
-            rows = np.empty((header.rows, hidden), dtype=source.dtype)
-            received[peer] = pairs, rows
-            return [byte_view(a) for a in (pairs, rows) if a.size]
+        def accept(channel: Channel, header: Header) -> list[Any]:
+            self._check_layout(header, code, hidden)
+            pairs = pairs_of[channel.peer] = np.empty((header.pairs, 2), dtype=np.int32)
+            rows = rows_of[channel.peer] = self._incoming_rows(channel, header, header.rows)
+            return [a for a in (pairs, *([] if header.in_outbox else [rows])) if a.size]
 
-        frames = {
-            r: [pack_header(key, code, len(rows), len(pairs), hidden), *(byte_view(a) for a in (pairs, rows) if a.size)]
-            for r, (pairs, rows) in parts.items()
-            if r != self.rank
-        }
-        done = self._exchange(key, frames, accept)
+        done = self._exchange(key, self._dispatch_frames(key, code, source, departure), accept)
         if done.interrupted:
             return Interrupted()
-        self._refuse_bad_pairs(done, received, routing, at.layer)
-        sources = [r for r in ranks if r == self.rank or (r in done.arrived and r not in done.failed)]
-        handle = self._group(x, topk_weights, at, departure, {r: received[r] for r in sources})
+        sources = [r for r in self._ranks if r == self.rank or (r in done.arrived and r not in done.failed)]
+        arrival = self._plan_arrival(sources, pairs_of, rows_of, self._served_experts(routing, at.layer), done.failed)
+        grouped, array = self._grouped.take(len(arrival.row_of), hidden, x.dtype)
+        gather(array, [rows_of[r] for r in sources], arrival.source_of, arrival.row_of)
+        source_pairs, start = {}, 0
+        for r in sources:
+            source_pairs[r] = start, start + len(pairs_of[r])
+            start += len(pairs_of[r])
+        handle = DispatchHandle(grouped, arrival.groups, _SocketState(at, departure, topk_weights, arrival.back, source_pairs))
         return PeerFailed(done.failed, handle) if done.failed else handle
+
+    def _dispatch_frames(self, key: FrameKey, code: int, source: NDArray[Any], departure: Departure) -> dict[int, list[Any]]:
+        hidden = source.shape[1]
+        shared = self._publish(Phase.DISPATCH, source)
+        frames = {}
+        for rank, channel in self._mesh.channels.items():
+            pairs = departure.pairs_for(rank)
+            if shared and channel.inbox is not None:
+                frames[rank] = _frame(pack_header(key, code, True, len(source), len(pairs), hidden), pairs)
+                continue
+            tokens, pairs = distinct_rows(pairs)
+            rows = self._buffer("out", rank, len(tokens), hidden, source.dtype)
+            np.take(source, tokens, axis=0, out=rows, mode="clip")
+            frames[rank] = _frame(pack_header(key, code, False, len(tokens), len(pairs), hidden), pairs, rows)
+        return frames
+
+    def _plan_arrival(
+        self,
+        sources: list[int],
+        pairs_of: Mapping[int, NDArray[np.int32]],
+        rows_of: Mapping[int, NDArray[Any]],
+        served: NDArray[np.bool_],
+        failed: dict[int, FailureKind],
+    ) -> Arrival:
+        """Group what came. A peer that named a row it did not send, or an expert that is not served here, has failed: it is left out."""
+        while True:
+            try:
+                return plan_arrival([pairs_of[r] for r in sources], [len(rows_of[r]) for r in sources], served)
+            except BadPairsError as error:
+                peer = sources[error.source]
+                if peer == self.rank:
+                    raise
+                self._refuse(peer, failed)
+                sources.remove(peer)
+
+    # ---- combine
 
     def combine(self, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor | PeerFailed | Interrupted:
         """See `Dispatcher.combine`."""
         state: _SocketState = handle.state
         y = check_combine(y, handle)
         key = self._next_key(state.at, Phase.COMBINE)
-        departure, code, outputs = state.departure, DTYPES.index(y.dtype), as_array(y)
+        code, outputs, departure = DTYPES.index(y.dtype), as_array(y), state.departure
         hidden = outputs.shape[1]
-        leaving = np.empty(outputs.shape, dtype=outputs.dtype)
-        take_rows(outputs, state.back, leaving)
-        returned = np.empty((len(departure.pairs), hidden), dtype=outputs.dtype)
-        own = state.source_pairs[self.rank]
-        returned[departure.pair_start[self.rank] : departure.pair_start[self.rank + 1]] = leaving[own[0] : own[1]]
+        row_of = np.empty(len(departure.pairs), dtype=np.int32)
+        rows_of: dict[int, NDArray[Any]] = {self.rank: outputs}
 
-        def accept(peer: int, header: Header) -> list[memoryview]:
-            start, end = departure.pair_start[peer], departure.pair_start[peer + 1]
-            if (header.hidden, header.dtype_code, header.pairs) != (hidden, code, end - start):
-                raise FrameError(f"rank {peer} returned {header.pairs} rows of hidden {header.hidden}; sent there were {end - start}")
-            part = returned[start:end]
-            return [byte_view(part)] if part.size else []
+        def part(rank: int) -> NDArray[np.int32]:
+            return row_of[departure.start[rank] : departure.start[rank + 1]]
 
-        frames = {}
-        for peer, (start, end) in state.source_pairs.items():
-            if peer != self.rank:
-                part = leaving[start:end]
-                frames[peer] = [pack_header(key, code, 0, end - start, hidden), *([byte_view(part)] if part.size else [])]
-        done = self._exchange(key, frames, accept)
+        def accept(channel: Channel, header: Header) -> list[Any]:
+            self._check_layout(header, code, hidden)
+            indices = part(channel.peer)
+            if header.pairs != len(indices):
+                raise FrameError(f"rank {channel.peer} returned {header.pairs} rows for {len(indices)} pairs")
+            rows = rows_of[channel.peer] = self._incoming_rows(channel, header, header.rows if header.in_outbox else header.pairs)
+            if not header.in_outbox:
+                indices[:] = np.arange(len(indices))
+            received = indices if header.in_outbox else rows
+            return [received] if received.size else []
+
+        done = self._exchange(key, self._combine_frames(key, code, outputs, state), accept)
         if done.interrupted:
             return Interrupted()
-        if done.failed:
-            for peer in self._mesh.peers:
-                if peer not in done.arrived or peer in done.failed:
-                    returned[departure.pair_start[peer] : departure.pair_start[peer + 1]] = 0
-        out = weighted_sum(returned, departure.position, state.weights, y.dtype)
+        begin, end = state.source_pairs[self.rank]
+        part(self.rank)[:] = state.back[begin:end]
+        for peer in done.arrived - done.failed.keys():
+            if (indices := part(peer)).size and indices.view(np.uint32).max() >= len(rows_of[peer]):
+                self._refuse(peer, done.failed)
+        for peer in self._mesh.peers:
+            if peer not in done.arrived or peer in done.failed:
+                part(peer)[:] = 0
+                rows_of[peer] = np.zeros((1, hidden), dtype=outputs.dtype)
+        out = self._sum(rows_of, row_of, state, hidden, y.dtype)
         return PeerFailed(done.failed, out) if done.failed else out
 
-    # ---- parts of dispatch
+    def _combine_frames(self, key: FrameKey, code: int, outputs: NDArray[Any], state: _SocketState) -> dict[int, list[Any]]:
+        hidden = outputs.shape[1]
+        shared = self._publish(Phase.COMBINE, outputs)
+        frames = {}
+        for rank, (begin, end) in state.source_pairs.items():
+            channel = self._mesh.channels.get(rank)
+            if channel is None:
+                continue
+            indices = state.back[begin:end]
+            if shared and channel.inbox is not None:
+                frames[rank] = _frame(pack_header(key, code, True, len(outputs), len(indices), hidden), indices)
+                continue
+            rows = self._buffer("out", rank, len(indices), hidden, outputs.dtype)
+            np.take(outputs, indices, axis=0, out=rows, mode="clip")
+            frames[rank] = _frame(pack_header(key, code, False, 0, len(indices), hidden), rows)
+        return frames
 
-    def _ranks(self) -> list[int]:
-        return sorted([self.rank, *self._mesh.peers])
+    def _sum(
+        self, rows_of: Mapping[int, NDArray[Any]], row_of: NDArray[np.int32], state: _SocketState, hidden: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        start = state.departure.start
+        ranks = [r for r in self._ranks if start[r] != start[r + 1]]
+        source_of = np.repeat(np.arange(len(ranks), dtype=np.int32), [start[r + 1] - start[r] for r in ranks])
+        sources = [rows_of[r] for r in ranks]
+        return weighted_sum(sources, source_of, row_of, state.departure.position, state.weights, hidden, dtype)
+
+    # ---- parts of both
 
     def _next_key(self, at: StepPoint, phase: Phase) -> FrameKey:
         key = FrameKey.of(at, phase)
         if key <= self._last_key:
             raise InvalidInputError(
-                f"{phase.name.lower()} at {tuple(at)} is not after {tuple(self._last_key)}; run a void step again under a later one"
+                f"{phase.name.lower()} at {tuple(at)} does not come after {tuple(self._last_key)}; run a void step again under a later one"
             )
         self._last_key = key
         return key
 
-    def _check_destinations(self, departure: Departure, ranks: list[int]) -> None:
-        start = departure.pair_start
-        strangers = [r for r in range(ranks[-1] + 1) if start[r] != start[r + 1] and r not in ranks]
+    def _check_destinations(self, departure: Departure) -> None:
+        if len(self._ranks) == len(departure.start) - 1:
+            return
+        strangers = [r for r in range(len(departure.start) - 1) if r not in self._ranks and len(departure.pairs_for(r))]
         if strangers:
             raise InvalidInputError(
-                f"the routing table sends rows to ranks {strangers}, the mesh has {ranks}; connect the epoch's peers first"
+                f"the routing table sends rows to ranks {strangers}, the mesh has {self._ranks}; connect the epoch's peers first"
             )
 
     @staticmethod
-    def _own_part(departure: Departure, leaving: NDArray[Any], rank: int) -> tuple[NDArray[np.int32], NDArray[Any]]:
-        pair, row = departure.pair_start, departure.row_start
-        return departure.pairs[pair[rank] : pair[rank + 1]], leaving[row[rank] : row[rank + 1]]
-
-    def _refuse_bad_pairs(
-        self, done: _Exchanged, received: Mapping[int, tuple[NDArray[np.int32], NDArray[Any]]], routing: RoutingTable, layer: int
-    ) -> None:
-        """A peer that named a row it did not send, or an expert that this rank does not serve, has failed."""
-        served = self._served_experts(routing, layer)
-        for peer in done.arrived:
-            pairs, rows = received[peer]
-            if not len(pairs):
-                continue
-            top_row, top_expert = pairs.view(np.uint32).max(axis=0).tolist()
-            if top_row >= len(rows) or top_expert >= len(served) or not served[pairs[:, 1]].all():
-                self._mesh.counters.refused_frames += 1
-                done.failed[peer] = FailureKind.PROTOCOL
-                self._mesh.drop(peer)
+    def _check_layout(header: Header, code: int, hidden: int) -> None:
+        if header.hidden != hidden or header.dtype_code != code:
+            raise FrameError(f"rows of hidden {header.hidden}, dtype {header.dtype_code}; here they have {hidden} and {code}")
 
     def _served_experts(self, routing: RoutingTable, layer: int) -> NDArray[np.bool_]:
         """bool [E]: the experts of a layer with a replica here."""
@@ -249,51 +306,71 @@ class SocketDispatcher:
             served = self._served[layer] = (routing.replica_rank[layer] == self.rank).any(-1)
         return served
 
-    def _group(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        at: StepPoint,
-        departure: Departure,
-        received: dict[int, tuple[NDArray[np.int32], NDArray[Any]]],
-    ) -> DispatchHandle:
-        """Rows of all sources (ascending) grouped by expert."""
-        source_pairs, row_index, base, start = {}, [], 0, 0
-        for rank, (pairs, rows) in received.items():
-            source_pairs[rank] = (start, start + len(pairs))
-            row_index.append(pairs[:, 0] + base)
-            base, start = base + len(rows), start + len(pairs)
-        arrival = plan_arrival(np.concatenate(row_index), np.concatenate([pairs[:, 1] for pairs, _ in received.values()]))
-        grouped = torch.empty((len(arrival.source_row), x.shape[1]), dtype=x.dtype)
-        take_rows(np.concatenate([rows for _, rows in received.values()]), arrival.source_row, as_array(grouped))
-        return DispatchHandle(grouped, arrival.groups, _SocketState(at, departure, weights, arrival.back, source_pairs))
+    def _refuse(self, peer: int, failed: dict[int, FailureKind]) -> None:
+        """A complete frame that asks for what is not there."""
+        self._mesh.counters.refused_frames += 1
+        self._mesh.drop(peer)
+        failed[peer] = FailureKind.PROTOCOL
+
+    def _publish(self, phase: Phase, rows: NDArray[Any]) -> bool:
+        """Put rows where the peers of this host read them. False if nobody would, or they do not fit."""
+        outbox = self._mesh.outbox
+        if outbox is None or not any(channel.inbox is not None for channel in self._mesh.channels.values()):
+            return False
+        return outbox.write(phase, rows)
+
+    def _incoming_rows(self, channel: Channel, header: Header, num_rows: int) -> NDArray[Any]:
+        """[num_rows, hidden]: where they lie in the peer's outbox, or where they are to be received."""
+        dtype = array_dtype(DTYPES[header.dtype_code])
+        if not header.in_outbox:
+            return self._buffer("in", channel.peer, num_rows, header.hidden, dtype)
+        if channel.inbox is None:
+            raise FrameError(f"rank {channel.peer} points into an outbox that is not shared with us")
+        try:
+            return channel.inbox.rows(header.key.phase, num_rows, header.hidden, dtype)
+        except OutboxError as error:
+            raise FrameError(str(error)) from error
+
+    def _buffer(self, use: str, peer: int, num_rows: int, hidden: int, dtype: Any) -> NDArray[Any]:
+        """[num_rows, hidden] that the next call may use again; `_exchange` forgets all of them when a channel may still hold one."""
+        size = num_rows * hidden * np.dtype(dtype).itemsize
+        buffer = self._buffers.get((use, peer))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[use, peer] = np.empty(size + size // 4, dtype=np.uint8)
+        rows: NDArray[Any] = buffer[:size].view(dtype).reshape(num_rows, hidden)
+        return rows
 
     # ---- the exchange
 
-    def _exchange(self, key: FrameKey, frames: Mapping[int, Sequence[Any]], accept: Accept) -> _Exchanged:
+    def _exchange(
+        self, key: FrameKey, frames: Mapping[int, Sequence[Any]], accept: Callable[[Channel, Header], Sequence[Any]]
+    ) -> _Exchanged:
         """Send one frame to each peer and take in one from each."""
+        done = self._run_exchange(key, frames, accept)
+        if done.failed or done.interrupted:
+            self._buffers = {}
+        return done
+
+    def _run_exchange(
+        self, key: FrameKey, frames: Mapping[int, Sequence[Any]], accept: Callable[[Channel, Header], Sequence[Any]]
+    ) -> _Exchanged:
         mesh = self._mesh
         failed = {r: FailureKind.CLOSED for r in mesh.peers if r not in mesh.channels}
         arrived: set[int] = set()
-        waiting: dict[int, Channel] = {}
+        waiting = {channel.fd: channel for channel in mesh.channels.values()}
         poll = select.poll()
-        for rank, channel in mesh.channels.items():
-            if rank in frames:
-                channel.post(frames[rank])
-            waiting[channel.fd] = channel
-            poll.register(channel.fd, select.POLLIN | select.POLLOUT if channel.has_unsent else select.POLLIN)
+        deadline = time.monotonic() + (self.grace_s if failed else self.deadline_s)
         if self._interrupt_fd is not None:
             poll.register(self._interrupt_fd, select.POLLIN)
-        deadline = time.monotonic() + self.deadline_s
-        if failed:
-            deadline = min(deadline, time.monotonic() + self.grace_s)
+        ready: list[tuple[int, int]] = []
+        for fd, channel in waiting.items():
+            if channel.peer in frames:
+                channel.post(frames[channel.peer])
+            poll.register(fd, select.POLLIN | select.POLLOUT if channel.has_unsent else select.POLLIN)
+            if channel.holds_input:
+                ready.append((fd, select.POLLIN))
         while waiting:
-            events = poll.poll(max(0.0, (deadline - time.monotonic()) * 1e3))
-            if not events:
-                if not failed:
-                    failed = {channel.peer: FailureKind.DEADLINE for channel in waiting.values()}
-                break
-            for fd, event in events:
+            for fd, event in ready or poll.poll(max(0.0, (deadline - time.monotonic()) * 1e3)):
                 if fd == self._interrupt_fd:
                     return _Exchanged(failed, arrived, interrupted=True)
                 channel = waiting[fd]
@@ -305,10 +382,29 @@ class SocketDispatcher:
                 if kind is not None or (channel.peer in arrived and not channel.has_unsent):
                     poll.unregister(fd)
                     del waiting[fd]
+            ready = []
+            if waiting and time.monotonic() >= deadline:
+                if not failed:
+                    failed = {channel.peer: FailureKind.DEADLINE for channel in waiting.values()}
+                break
         return _Exchanged(failed, arrived)
 
 
-def _advance(channel: Channel, event: int, key: FrameKey, accept: Accept, arrived: set[int], poll: select.poll) -> FailureKind | None:
+def _frame(header: bytes, *payload: NDArray[Any]) -> list[Any]:
+    """The buffers to send. A small payload is copied, a large one must stay as it is until the channel has sent it."""
+    if sum(a.nbytes for a in payload) <= _SMALL_BYTES:
+        return [b"".join([header, *(a.tobytes() for a in payload)])]
+    return [header, *(byte_view(a) for a in payload if a.size)]
+
+
+def _advance(
+    channel: Channel,
+    event: int,
+    key: FrameKey,
+    accept: Callable[[Channel, Header], Sequence[Any]],
+    arrived: set[int],
+    poll: select.poll,
+) -> FailureKind | None:
     """Serve one ready channel and say what to poll it for next. Returns how the peer failed, if it did."""
     if channel.has_unsent:
         channel.flush()
