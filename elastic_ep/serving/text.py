@@ -210,11 +210,10 @@ class TextBuilder:
 
     def push(self, token: int) -> str:
         """Takes the next token; returns the text that is now certain. After `stopped` nothing more may be pushed."""
-        if self._opening:
+        piece = self._tokenizer.piece(token)
+        if self._opening and piece:  # special tokens before the first word open nothing
             self._opening = False
             piece = self._tokenizer.opening_piece(token)
-        else:
-            piece = self._tokenizer.piece(token)
         text = self._decoder.decode(piece)
         if self._matcher is None or not text:
             return text

@@ -41,7 +41,7 @@ def test_template_and_its_switches() -> None:
 def test_an_answer_is_a_text_of_its_own() -> None:
     """Its first word has no leading space where the tokenizer marks words by one."""
     inner = sentencepiece()
-    ids = inner.encode("he wo he", add_special_tokens=False).ids
+    ids = [1, *inner.encode("he wo he", add_special_tokens=False).ids]  # 1 is a special token
     api = Api(FakeBackend(answer=lambda request: ids), TextTokenizer(inner))
     assert api.chat(max_tokens=len(ids))["choices"][0]["message"]["content"] == "he wo he"
     assert api.complete(prompt="he", max_tokens=len(ids))["choices"][0]["text"] == " he wo he"

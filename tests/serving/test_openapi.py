@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from elastic_ep.serving.api import responses
 from elastic_ep.serving.api.requests import HARMLESS, NEUTRAL
+from elastic_ep.serving.text import Tokenizer
 from tests.serving.conftest import CHAT, COMPLETIONS, Api
+from tests.serving.fakes import FakeBackend
 
 
 @pytest.fixture
@@ -55,10 +57,19 @@ def test_bodies_tell_the_models_limits(document: dict[str, Any]) -> None:
     properties = document["components"]["schemas"]["CompletionRequest"]["properties"]
     assert document["components"]["schemas"]["CompletionRequest"]["additionalProperties"] is False
     assert properties["model"]["anyOf"] == [{"type": "string", "const": "tiny"}, {"type": "null"}]
-    assert properties["prompt"]["anyOf"][2]["items"] == {"type": "integer", "minimum": 0, "maximum": 399}
-    assert properties["prompt"]["anyOf"][3]["items"]["items"]["maximum"] == 399
+    _, texts, ids, lists = properties["prompt"]["anyOf"]
+    assert texts["maxItems"] == lists["maxItems"] == 2048
+    assert ids == {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 399}, "minItems": 1, "maxItems": 255}
+    assert lists["items"] == ids
+    assert properties["max_tokens"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 255}
     assert properties["logit_bias"]["enum"] == [None, {}]
     assert set(HARMLESS) | set(NEUTRAL) <= set(properties)
+
+
+def test_without_a_tokenizer_prompts_are_ids() -> None:
+    api = Api(FakeBackend(), Tokenizer())
+    prompt = api.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
+    assert [kind["type"] for kind in prompt["anyOf"]] == ["array", "array"]
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ async def leave(writer: asyncio.StreamWriter) -> None:
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("tokens_before", [0, 2])
 @pytest.mark.parametrize("stream", [False, True])
-def test_disconnect_cancels(tokenizer: TextTokenizer, stream: bool, tokens_before: int, n: int) -> None:
+def test_disconnect_cancels(tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture, stream: bool, tokens_before: int, n: int) -> None:
     metrics = Metrics()
 
     async def test(backend: FakeBackend, url: str) -> None:
@@ -184,6 +184,22 @@ def test_disconnect_cancels(tokenizer: TextTokenizer, stream: bool, tokens_befor
 
     run_live(test, FakeBackend(), tokenizer, metrics)
     assert f"elastic_ep_request_cancelled_total {n}.0" in metrics.render().decode()
+    assert caplog.records == []
+
+
+def test_a_client_that_leaves_within_its_request(tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(backend: FakeBackend, url: str) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"prompt"')
+        await writer.drain()
+        await leave(writer)
+        async with client_of(url) as client:
+            await client.completions.create(model="tiny", prompt="hello", max_tokens=2)
+        assert len(backend.requests) == 1
+
+    run_live(test, FakeBackend(), tokenizer)
+    assert [r for r in caplog.records if r.name != "httpx"] == []
 
 
 def test_a_client_that_does_not_read_holds_its_stream_back_and_can_leave(tokenizer: TextTokenizer) -> None:

@@ -19,6 +19,6 @@ def create_app(backend: Backend, tokenizer: Tokenizer, metrics: Metrics) -> Fast
     app.include_router(generate_routes.router(backend, tokenizer, metrics))
     app.include_router(server_routes.router(backend, metrics))
     install_error_handlers(app, metrics.request_rejected)
-    install_openapi(app, backend.model_name, backend.vocab_size)
+    install_openapi(app, backend, has_text=tokenizer.has_text)
     metrics.watch(backend.status)
     return app

@@ -9,8 +9,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from elastic_ep.serving.api.plan import MAX_CHOICES_AT_ONCE
 from elastic_ep.serving.api.requests import HARMLESS, NEUTRAL, ChatCompletionRequest, CompletionRequest
 from elastic_ep.serving.api.responses import ErrorBody
+from elastic_ep.serving.backend import Backend
 
 _ERRORS = {
     400: "The request is wrong; the message names the field, the value and the cure.",
@@ -20,6 +22,7 @@ _ERRORS = {
     503: "Nothing can be generated now; the message is the reason.",
 }
 _BODIES = (CompletionRequest, ChatCompletionRequest)
+_LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
 def describe(
@@ -49,40 +52,60 @@ def describe(
     return route
 
 
-def install_openapi(app: FastAPI, model_name: str, vocab_size: int) -> None:
+def install_openapi(app: FastAPI, backend: Backend, *, has_text: bool) -> None:
     """Makes GET /openapi.json tell what this server takes."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, model_name, vocab_size)
+            app.openapi_schema = _document(app, backend, has_text)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI, model_name: str, vocab_size: int) -> dict[str, Any]:
+def _document(app: FastAPI, backend: Backend, has_text: bool) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     _, bodies = models_json_schema([(body, "validation") for body in _BODIES], ref_template="#/components/schemas/{model}")
     components = schema["components"]["schemas"]
     components.update(bodies["$defs"])
-    for name in ("HTTPValidationError", "ValidationError"):
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which are never sent
         components.pop(name, None)
-    for body in _BODIES:
-        properties = components[body.__name__]["properties"]
-        properties["model"]["anyOf"] = [{"type": "string", "const": model_name}, {"type": "null"}]
-        properties.update({name: {"description": "Ignored."} for name in HARMLESS})
-        for name, values in NEUTRAL.items():
-            properties[name] = {"enum": [None, *values], "description": "Not supported: only what changes nothing is accepted."}
-    _limit_ids(components["CompletionRequest"]["properties"]["prompt"], vocab_size)
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    for body in _BODIES:
+        _complete_body(components[body.__name__], backend)
+    components["CompletionRequest"]["properties"]["prompt"] = _prompt(backend, has_text)
+    components["ChatCompletionRequest"]["allOf"] += [
+        _needs_true("top_logprobs", "integer", "logprobs"),
+        {"not": {"properties": {name: {"type": "integer"} for name in _LENGTHS}, "required": list(_LENGTHS)}},
+    ]
     return schema
 
 
-def _limit_ids(prompt: dict[str, Any], vocab_size: int) -> None:
-    """Token ids end at the vocabulary."""
-    ids = prompt["anyOf"][2]
-    limited = {**ids, "items": {**ids["items"], "maximum": vocab_size - 1}}
-    text, texts, _, lists = prompt["anyOf"]
-    prompt["anyOf"] = [text, texts, limited, {**lists, "items": limited}]
+def _complete_body(body: dict[str, Any], backend: Backend) -> None:
+    """Adds the fields that are taken without effect, the model's own limits, and what one field asks of another."""
+    properties = body["properties"]
+    properties["model"]["anyOf"] = [{"type": "string", "const": backend.model_name}, {"type": "null"}]
+    properties.update({name: {"description": "Ignored."} for name in HARMLESS})
+    for name, values in NEUTRAL.items():
+        properties[name] = {"enum": [None, *values], "description": "Not supported: only what changes nothing is accepted."}
+    for name in set(_LENGTHS) & properties.keys():
+        properties[name]["anyOf"][0]["maximum"] = backend.max_model_len - 1
+    body["allOf"] = [_needs_true("stream_options", "object", "stream")]
+
+
+def _needs_true(field: str, kind: str, switch: str) -> dict[str, Any]:
+    """If `field` is given, `switch` is true."""
+    given = {"properties": {field: {"type": kind}}, "required": [field]}
+    return {"if": given, "then": {"properties": {switch: {"const": True}}, "required": [switch]}}
+
+
+def _prompt(backend: Backend, has_text: bool) -> dict[str, Any]:
+    def some(items: dict[str, Any], limit: int) -> dict[str, Any]:
+        return {"type": "array", "items": items, "minItems": 1, "maxItems": limit}
+
+    text = {"type": "string", "minLength": 1}
+    ids = some({"type": "integer", "minimum": 0, "maximum": backend.vocab_size - 1}, backend.max_model_len - 1)
+    texts = [text, some(text, MAX_CHOICES_AT_ONCE)] if has_text else []
+    return {"anyOf": [*texts, ids, some(ids, MAX_CHOICES_AT_ONCE)], "title": "Prompt"}

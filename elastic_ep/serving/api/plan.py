@@ -17,8 +17,11 @@ from elastic_ep.serving.backend import Backend, GenerationRequest
 from elastic_ep.serving.text import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHOICES_AT_ONCE = 2048
 LONG_TEXT_CHARS = 4000
+"""Texts longer than this are tokenized in a thread (at 2 MB/s, 4000 characters take 2 ms)."""
 MAX_CHARS_PER_TOKEN = 128
+"""No tokenizer in use has longer tokens: a text beyond this many per token of context need not be tokenized to be refused."""
 
 _MASK = 2**64 - 1
 
@@ -68,7 +71,12 @@ async def plan_completion(body: CompletionRequest, backend: Backend, tokenizer: 
     _check_common(body, backend, tokenizer)
     max_tokens = body.max_tokens
     prompts, lengths = [], []
-    for prompt in _split_prompts(body.prompt):
+    texts = _split_prompts(body.prompt)
+    num_choices = len(texts) * (body.n or 1)
+    if num_choices > MAX_CHOICES_AT_ONCE:
+        what = f"{len(texts)} prompts with n {body.n or 1} ask for {num_choices} choices"
+        raise bad_request(f"{what}; ask for at most {MAX_CHOICES_AT_ONCE} at once", "prompt")
+    for prompt in texts:
         ids = await _encode(tokenizer, prompt, backend, "prompt") if isinstance(prompt, str) else prompt
         _check_ids(ids, backend.vocab_size)
         prompts.append(tuple(ids))
@@ -81,10 +89,8 @@ async def plan_chat(body: ChatCompletionRequest, backend: Backend, tokenizer: To
     _check_common(body, backend, tokenizer)
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request(f"top_logprobs {body.top_logprobs} needs logprobs: true; add it or remove top_logprobs", "top_logprobs")
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise bad_request(
-            f"max_tokens {body.max_tokens} and max_completion_tokens {body.max_completion_tokens} differ; give one of them", "max_tokens"
-        )
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise bad_request("max_tokens and max_completion_tokens mean the same; give one of them", "max_tokens")
     messages = [{"role": m.role, "content": m.text()} | ({"name": m.name} if m.name else {}) for m in body.messages]
     try:
         text = tokenizer.render_chat(messages, body.chat_template_kwargs or {})

@@ -69,19 +69,10 @@ def _check_stop(value: Any) -> list[str]:
     return stops
 
 
-def _list_of(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1}
-
-
-_TEXT = {"type": "string", "minLength": 1}
-_IDS = _list_of({"type": "integer", "minimum": 0})
 _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 
-Prompt = Annotated[
-    Any,
-    PlainValidator(_check_prompt),
-    WithJsonSchema({"anyOf": [_TEXT, _list_of(_TEXT), _IDS, _list_of(_IDS)]}),
-]
+Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema({})]
+"""Its schema depends on the model: `openapi.py` writes it."""
 Stop = Annotated[
     list[str],
     PlainValidator(_check_stop),
