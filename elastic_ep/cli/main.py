@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from elastic_ep import __version__
 from elastic_ep.core.errors import ElasticEPError
 
-COMMANDS = ("serve", "status")
+COMMANDS = ("demo", "serve", "status")
 EXIT_INTERRUPTED = 130
 
 
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ElasticEPError as error:
         print(f"elastic-ep {args.command}: error: {error}", file=sys.stderr)
         return 2
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("elastic_ep"):
+            raise
         print(f"elastic-ep {args.command}: error: {error}; install what it needs: pip install 'elastic-ep[serve]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import urllib.error
-import urllib.request
 from typing import Any
 
-from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.serving.probe import fetch_status
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,18 +19,6 @@ def run(args: argparse.Namespace) -> int:
     status = fetch_status(args.url)
     print(json.dumps(status) if args.json else "\n".join(describe(status)))
     return 0
-
-
-def fetch_status(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
-    """GET /elastic/status. Raises InvalidInputError when nobody answers there."""
-    if not url.startswith(("http://", "https://")):
-        raise InvalidInputError(f"--url is {url!r}; give http://HOST:PORT")
-    try:
-        with urllib.request.urlopen(url.rstrip("/") + "/elastic/status", timeout=timeout_s) as answer:
-            status: dict[str, Any] = json.load(answer)
-            return status
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise InvalidInputError(f"no elastic-ep server answers at {url}: {getattr(error, 'reason', error)}; check --url") from None
 
 
 def describe(status: dict[str, Any]) -> list[str]:

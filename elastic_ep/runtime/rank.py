@@ -195,9 +195,13 @@ def run(
     make_faults: Callable[[socket.socket], FaultPlan],
 ) -> int:
     """The whole life of a rank process. Returns its exit status; every reason for a non-zero one was told to the controller."""
-    sock = connect(config.controller, config.connect_timeout_s)
-    channel = ControlChannel(sock)
-    channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), config.token, config.listen))
+    try:
+        sock = connect(config.controller, config.connect_timeout_s)
+        channel = ControlChannel(sock)
+        channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), config.token, config.listen))
+    except OSError as error:
+        log.warning("rank %d: no controller at %s: %s", config.rank, config.controller, error)
+        return EXIT_CONTROLLER_GONE
     threading.Thread(target=_beat, args=(channel, config.heartbeat_interval_s), name="heartbeat", daemon=True).start()
     dispatcher = make_dispatcher(sock)
     try:

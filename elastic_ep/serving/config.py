@@ -10,7 +10,7 @@ from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.brain.settings import BrainSettings
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.topology import Topology
-from elastic_ep.models.kernels import load_kernels
+from elastic_ep.models.kernels import kernels
 from elastic_ep.models.spec import ModelSpec
 
 
@@ -75,7 +75,7 @@ class ServeConfig:
         return self.max_model_len
 
     def limits(self) -> SchedulerLimits:
-        return SchedulerLimits(self.kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, load_kernels().TILE)
+        return SchedulerLimits(self.kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, kernels().TILE)
 
     def brain_settings(self, spec: ModelSpec) -> BrainSettings:
         return BrainSettings(

@@ -33,7 +33,7 @@ from elastic_ep.serving.status import status_object
 log = logging.getLogger(__name__)
 
 EXIT_GRACE_S = 0.005
-"""A closed channel whose process ends within this is reported as an exit."""
+"""How long the less telling sign of a death waits for the more telling: a closed channel for the exit, the exit for its status."""
 SHUTDOWN_TIMEOUT_S = 5.0
 
 
@@ -233,12 +233,14 @@ class Controller:
             process.watch()
         elif event.kind == "stopped":
             self._fail(*key, FailureCause.STOPPED, event.status)
+        elif event.kind == "exited":
+            self._fail(*key, FailureCause.EXITED, event.status)
 
     def _on_exit(self, rank: int, incarnation: int) -> None:
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
-        self._fail(rank, incarnation, FailureCause.EXITED, "")
+        self._loop.call_later(EXIT_GRACE_S, self._fail, rank, incarnation, FailureCause.EXITED, "")
         if (rank, incarnation) in self._fencing:
             self._fenced(rank, incarnation)
 

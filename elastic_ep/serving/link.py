@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Callable
+from typing import cast
 
 from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage
 from elastic_ep.runtime.control.wire import MessageBuffer, WireError, encode
@@ -35,8 +36,7 @@ class RankLink(asyncio.Protocol):
         self.hello: Hello | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by behaviour, not by class
         self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.close)
 
     def data_received(self, data: bytes) -> None:

@@ -21,6 +21,7 @@ _ERRORS = {
     429: "The queue is full; come again after Retry-After seconds.",
     503: "Nothing can be generated now; the message is the reason.",
 }
+_SSE_ITEM = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _BODIES = (CompletionRequest, ChatCompletionRequest)
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 
@@ -34,9 +35,11 @@ def describe(
     errors: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """Keyword arguments of a route decorator: what it takes and every status that it answers."""
-    content: dict[str, Any] = {} if answer is not None else {media_type: {"schema": {"type": "string"}}}
+    content: dict[str, Any] = {}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"itemSchema": _SSE_ITEM}
+    elif answer is None:
+        content[media_type] = {"schema": {"type": "string"}}
     ok: dict[str, Any] = {"content": content, "description": "OK"}
     if answer is not None:
         ok["model"] = answer

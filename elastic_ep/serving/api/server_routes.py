@@ -58,7 +58,7 @@ def router(backend: Backend, metrics: Metrics) -> APIRouter:
         """Membership, ranks, survivability and recoveries."""
         return _json(backend.status())
 
-    @routes.get("/elastic/events", tags=["elastic"], **describe(None, media_type="text/event-stream"))
+    @routes.get("/elastic/events", tags=["elastic"], **describe(None, streams=True))
     async def get_events() -> Response:
         """Membership and recovery events as they happen, one JSON object each; endless."""
         stream = backend.events()

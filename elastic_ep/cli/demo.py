@@ -1,0 +1,158 @@
+"""`elastic-ep demo`: a server, sixteen streams, three dead ranks, and the proof that no client noticed."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from elastic_ep.testing.client import StreamRecord
+    from elastic_ep.testing.server import ServerProcess
+
+NUM_REQUESTS = 16
+NUM_TOKENS = 64
+EP_SIZE = 4
+NUM_REDUNDANT_EXPERTS = 12
+POLL_S = 0.05
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="kill ranks of a live server and watch the streams go on",
+        description=f"Makes a Mixture-of-Experts checkpoint of about 100 M random parameters (once), serves it with {EP_SIZE} ranks, streams "
+        f"{NUM_REQUESTS} requests without faults, then the same requests while two ranks are killed, one of them during the first "
+        "recovery, and a third is stopped. Exit status 1 if any client lost, doubled or changed a token.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from elastic_ep.cli.demo_view import DemoView
+    from elastic_ep.models.demo_checkpoint import ensure_demo_checkpoint
+
+    with DemoView(quiet=args.json) as view:
+        view.say("making the checkpoint (once)" if not _folder().exists() else f"checkpoint: {_folder()}")
+        checkpoint = ensure_demo_checkpoint(_folder())
+        outcome = asyncio.run(_demo(checkpoint, view))
+    report = outcome.report()
+    print(json.dumps(report)) if args.json else view.summary(report)
+    good = report["identical_to_fault_free"] and not (report["lost_tokens"] or report["duplicated_tokens"] or report["failed_requests"])
+    return 0 if good else 1
+
+
+def _folder() -> Path:
+    """Where the checkpoint is kept: the user's cache folder (XDG)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "elastic-ep" / "demo-checkpoint-1"
+
+
+def prompts() -> list[list[int]]:
+    """One byte-level prompt per request, of different lengths."""
+    return [list(f"Request {i}: {'tell me about experts, ' * (1 + i % 4)}".encode()) for i in range(NUM_REQUESTS)]
+
+
+@dataclass
+class Outcome:
+    """Both runs of the same requests, and what the server recorded."""
+
+    fault_free: list[StreamRecord]
+    faulty: list[StreamRecord]
+    recoveries: list[dict[str, Any]]
+
+    def report(self) -> dict[str, Any]:
+        """The object that `--json` prints. A token is lost or doubled if a stream has fewer or more than the fault-free one."""
+        pairs = list(zip(self.fault_free, self.faulty, strict=True))
+        return {
+            "requests": len(pairs),
+            "tokens_expected": sum(len(a.token_ids) for a, _ in pairs),
+            "tokens_received": sum(len(b.token_ids) for _, b in pairs),
+            "lost_tokens": sum(max(0, len(a.token_ids) - len(b.token_ids)) for a, b in pairs),
+            "duplicated_tokens": sum(max(0, len(b.token_ids) - len(a.token_ids)) for a, b in pairs),
+            "identical_to_fault_free": all(a.token_ids == b.token_ids for a, b in pairs),
+            "failed_requests": sum(bool(r.error) or r.finish != "length" for a, b in pairs for r in (a, b)),
+            "steady_itl_ms": round(median(gap for record in self.fault_free for gap in record.gaps_s) * 1e3, 3),
+            "longest_gap_ms": round(max(gap for record in self.faulty for gap in record.gaps_s) * 1e3, 3),
+            "recoveries": self.recoveries,
+        }
+
+
+async def _demo(checkpoint: Path, view: Any) -> Outcome:
+    from elastic_ep.testing.client import stream_all
+    from elastic_ep.testing.server import ServerProcess
+
+    view.say(f"starting {EP_SIZE} ranks")
+    arguments = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", str(NUM_REDUNDANT_EXPERTS))
+    with ServerProcess(checkpoint, *arguments) as server:
+        facts = server.facts
+        view.say(f"serving {facts['slots']} slots for {facts['experts']} experts in each of {facts['layers']} layers on {facts['url']}")
+        parameters = {"max_tokens": NUM_TOKENS, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+        async with _watched(server, view):
+            view.say(f"{NUM_REQUESTS} streams of {NUM_TOKENS} tokens, no faults")
+            fault_free = await stream_all(server.url, facts["model"], prompts(), **parameters)
+            view.say("the same requests, with faults")
+            faults = asyncio.create_task(_inject(server, view))
+            faulty = await stream_all(server.url, facts["model"], prompts(), **parameters)
+            await faults
+        return Outcome(fault_free, faulty, server.status()["recoveries"])
+
+
+@contextlib.asynccontextmanager
+async def _watched(server: ServerProcess, view: Any) -> AsyncIterator[None]:
+    """Shows the server's status again and again meanwhile."""
+
+    async def watch() -> None:
+        while True:
+            view.show(await asyncio.to_thread(server.status))
+            await asyncio.sleep(POLL_S)
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _inject(server: ServerProcess, view: Any) -> None:
+    """kill -9 rank 0 early; kill -9 rank 2 as soon as the failure of rank 0 is known; stop rank 3 later."""
+    status = await asyncio.to_thread(server.status)
+    pids = {rank["rank"]: rank["pid"] for rank in status["ranks"]}
+    start = status["tokens_committed"]
+    share = NUM_REQUESTS * NUM_TOKENS
+    await _committed(server, start + share // 5)
+    failed = asyncio.create_task(_first_event(server.url, "rank_failed"))
+    await asyncio.sleep(POLL_S)  # the subscription is open
+    os.kill(pids[0], signal.SIGKILL)
+    await failed
+    os.kill(pids[2], signal.SIGKILL)
+    view.say("kill -9 rank 0, and rank 2 while the server recovers")
+    await _committed(server, start + share * 3 // 5)
+    os.kill(pids[3], signal.SIGSTOP)
+    view.say("kill -STOP rank 3")
+
+
+async def _committed(server: ServerProcess, tokens: int) -> None:
+    deadline = time.monotonic() + 120
+    while (await asyncio.to_thread(server.status))["tokens_committed"] < tokens and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S / 5)
+
+
+async def _first_event(url: str, kind: str) -> None:
+    import httpx
+
+    async with httpx.AsyncClient(trust_env=False) as client, client.stream("GET", f"{url}/elastic/events", timeout=60) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: ") and json.loads(line[6:]).get("event") == kind:
+                return
