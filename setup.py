@@ -9,7 +9,7 @@ setup(
         Extension(
             "elastic_ep.models._kernels",
             ["elastic_ep/models/_kernels.c"],
-            depends=["elastic_ep/models/_attention.h", "elastic_ep/models/_matmul.h"],
+            depends=[f"elastic_ep/models/{name}.h" for name in ("_attention", "_matmul", "_rows")],
             extra_compile_args=COMPILE_ARGS,
             optional=True,
         ),

@@ -44,6 +44,13 @@ struct scratch {
     float maximum[ROWS], sum[ROWS];
 };
 
+struct norm {
+    const void *x, *weight;
+    void *out;
+    int rows, dim, is_bf16, rounds_last;
+    float eps;
+};
+
 typedef void (*matmul_fn)(const float *x, int rows, const char *w, int in, int out, float *y);
 
 #if defined(__x86_64__)
@@ -52,6 +59,7 @@ typedef void (*matmul_fn)(const float *x, int rows, const char *w, int in, int o
 #define SUFFIX _avx2
 #include "_attention.h"
 #include "_matmul.h"
+#include "_rows.h"
 #undef TARGET
 #undef VFMA
 #undef SUFFIX
@@ -68,6 +76,7 @@ static inline V8 fma_lanes(V8 a, V8 b, V8 c) {
 #define SUFFIX _portable
 #include "_attention.h"
 #include "_matmul.h"
+#include "_rows.h"
 
 /* Put the keys of a run in their pages as [dim][TILE] and the values as [TILE][padded dim], by position. */
 static void store_run(const struct call *c, const struct run *run) {
@@ -150,22 +159,33 @@ static uint16_t narrow(float value) {
     return (uint16_t)((u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16);
 }
 
-/* groups int64 [num_groups, 4]: first row, end row, address of the weight, address of the bias or 0. */
+/* groups: a flat tuple of (first row, end row, address of the weight, address of the bias or 0) for each group. */
 static PyObject *matmul(PyObject *self, PyObject *args) {
-    unsigned long long x_address, out_address, groups_address;
-    int num_groups, in, out, is_bf16, is_in_out, portable;
-    if (!PyArg_ParseTuple(args, "KKKiiippp", &x_address, &out_address, &groups_address, &num_groups, &in, &out, &is_bf16, &is_in_out,
-                          &portable))
+    unsigned long long x_address, out_address;
+    int in, out, is_bf16, is_in_out, portable;
+    PyObject *groups;
+    if (!PyArg_ParseTuple(args, "KKO!iippp", &x_address, &out_address, &PyTuple_Type, &groups, &in, &out, &is_bf16, &is_in_out, &portable))
         return NULL;
+    const int num_groups = (int)(PyTuple_GET_SIZE(groups) / 4);
+    int64_t *table = malloc(sizeof(int64_t) * 4 * (num_groups + 1));
+    if (!table) return PyErr_NoMemory();
+    for (int i = 0; i < 4 * num_groups; i++) table[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(groups, i));
+    if (PyErr_Occurred()) {
+        free(table);
+        return NULL;
+    }
     matmul_fn multiply = matmuls_portable[is_in_out][is_bf16];
 #if defined(__x86_64__)
     if (!portable && use_avx2()) multiply = matmuls_avx2[is_in_out][is_bf16];
 #endif
     const int block = BLOCK_FLOATS / in / 4 * 4 > 4 ? BLOCK_FLOATS / in / 4 * 4 : 4; /* rows whose inputs stay in the second cache */
     float *wide = NULL;
-    if (is_bf16 && !(wide = malloc(sizeof(float) * block * ((size_t)in + out)))) return PyErr_NoMemory();
+    if (is_bf16 && !(wide = malloc(sizeof(float) * block * ((size_t)in + out)))) {
+        free(table);
+        return PyErr_NoMemory();
+    }
     Py_BEGIN_ALLOW_THREADS;
-    const int64_t *group = (const int64_t *)(uintptr_t)groups_address;
+    const int64_t *group = table;
     for (int g = 0; g < num_groups; g++, group += 4) {
         const char *weight = (const char *)(uintptr_t)group[2];
         const void *bias = (const void *)(uintptr_t)group[3];
@@ -191,6 +211,37 @@ static PyObject *matmul(PyObject *self, PyObject *args) {
     }
     Py_END_ALLOW_THREADS;
     free(wide);
+    free(table);
+    Py_RETURN_NONE;
+}
+
+static PyObject *rms_norm(PyObject *self, PyObject *args) {
+    unsigned long long x, weight, out;
+    struct norm c;
+    int portable;
+    if (!PyArg_ParseTuple(args, "KKKiifppp", &x, &weight, &out, &c.rows, &c.dim, &c.eps, &c.is_bf16, &c.rounds_last, &portable)) return NULL;
+    c.x = (const void *)(uintptr_t)x, c.weight = (const void *)(uintptr_t)weight, c.out = (void *)(uintptr_t)out;
+    void (*run)(const struct norm *) = norm_portable;
+#if defined(__x86_64__)
+    if (!portable && use_avx2()) run = norm_avx2;
+#endif
+    Py_BEGIN_ALLOW_THREADS;
+    run(&c);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *swiglu(PyObject *self, PyObject *args) {
+    unsigned long long x, out;
+    int rows, dim, is_bf16, portable;
+    if (!PyArg_ParseTuple(args, "KKiipp", &x, &out, &rows, &dim, &is_bf16, &portable)) return NULL;
+    void (*run)(const void *, void *, int, int, int) = swiglu_portable;
+#if defined(__x86_64__)
+    if (!portable && use_avx2()) run = swiglu_avx2;
+#endif
+    Py_BEGIN_ALLOW_THREADS;
+    run((const void *)(uintptr_t)x, (void *)(uintptr_t)out, rows, dim, is_bf16);
+    Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
@@ -199,7 +250,9 @@ static PyMethodDef methods[] = {
      "attend(q, k, v, out, sinks, pool, runs, num_runs, num_heads, num_kv_heads, key_dim, value_dim, padded_value_dim, page_stride, "
      "layer_offset, head_stride, window, scale, portable): store new keys and values, then attend. Addresses are integers."},
     {"matmul", matmul, METH_VARARGS,
-     "matmul(x, out, groups, num_groups, in, out, is_bf16, is_in_out, portable): rows of x times each group's weight, plus its bias."},
+     "matmul(x, out, groups, in, out, is_bf16, is_in_out, portable): rows of x times each group's weight, plus its bias."},
+    {"rms_norm", rms_norm, METH_VARARGS, "rms_norm(x, weight, out, rows, dim, eps, is_bf16, rounds_last, portable)."},
+    {"swiglu", swiglu, METH_VARARGS, "swiglu(x, out, rows, dim, is_bf16, portable): x holds gate and up side by side."},
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_kernels", "Row-invariant kernels.", -1, methods, NULL, NULL, NULL, NULL};

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from elastic_ep.core.errors import CheckpointError
+from elastic_ep.models.linear import RowNorm
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.weights.checkpoint import TensorReader
 
@@ -77,8 +78,12 @@ def router_weights(model: PreTrainedModel, spec: ModelSpec) -> list[torch.Tensor
     return [weight.t() for weight in weights]
 
 
-def use_linear(model: PreTrainedModel, kind: type[nn.Linear]) -> None:
-    """Make every nn.Linear of the model one of `kind`, a subclass that adds no state."""
+def use_row_kernels(model: PreTrainedModel, linear: type[nn.Linear]) -> None:
+    """Make every nn.Linear one of `linear` (a subclass that adds no state), and every root mean square norm a RowNorm."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.__class__ = kind
+            module.__class__ = linear
+        elif type(module).__name__.endswith("RMSNorm"):
+            rounds_last = type(module).__name__ == "GptOssRMSNorm"
+            module.__class__ = RowNorm
+            module.rounds_last = rounds_last  # type: ignore[assignment]

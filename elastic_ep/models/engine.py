@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.activations import SiLUActivation
 
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.models.attention import AttentionState
-from elastic_ep.models.build import build_model, experts_module, load_dense, router_weights, use_linear
+from elastic_ep.models.build import build_model, experts_module, load_dense, router_weights, use_row_kernels
 from elastic_ep.models.experts import LayerExperts, StepState, StepVoid
 from elastic_ep.models.kv import PagedKV
-from elastic_ep.models.linear import FastLinear, RowLinear, multiply_groups, multiply_groups_fast
+from elastic_ep.models.linear import FastLinear, RowLinear, multiply_groups, multiply_groups_fast, swiglu
 from elastic_ep.models.rows import check_matmul, padded_rows, row_multiple
 from elastic_ep.models.sampling import sample
 from elastic_ep.models.slots import ExpertSlots
@@ -95,11 +96,9 @@ class ElasticEngine:
             bool(modules[0].is_transposed),
             self._num_spare,
         )
-        use_linear(self._model, FastLinear if self.fast_math else RowLinear)
-        inner_multiple = 1 if self.fast_math else row_multiple([spec.intermediate_size])
-        multiply = multiply_groups_fast if self.fast_math else multiply_groups
+        use_row_kernels(self._model, FastLinear if self.fast_math else RowLinear)
         self._row_multiple = row_multiple(family.elementwise_lengths(spec.config))
-        self._layers = [LayerExperts(i, self.rank, m, self.slots, inner_multiple, multiply) for i, m in enumerate(modules)]
+        self._layers = [self._layer_experts(i, module) for i, module in enumerate(modules)]
         self._attention = AttentionState(self.kv)
         for module, experts in zip(modules, self._layers, strict=True):
             module.elastic_experts = experts  # type: ignore[assignment]
@@ -138,6 +137,13 @@ class ElasticEngine:
             self.slots.close()
         for name in ("_model", "slots", "kv", "_layers", "_attention"):
             self.__dict__.pop(name, None)
+
+    def _layer_experts(self, layer: int, module: torch.nn.Module) -> LayerExperts:
+        plain_silu = module.is_concatenated and isinstance(getattr(module, "act_fn", None), SiLUActivation)
+        gate = swiglu if plain_silu else module._apply_gate
+        multiple = 1 if plain_silu or self.fast_math else row_multiple([self.spec.intermediate_size])
+        multiply = multiply_groups_fast if self.fast_math else multiply_groups
+        return LayerExperts(layer, self.rank, self.slots, gate, multiple, multiply)  # type: ignore[arg-type]
 
     def _pieces(self, layer: int, expert: int) -> list[Piece]:
         spec = self.spec

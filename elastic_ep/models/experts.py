@@ -50,15 +50,15 @@ class LayerExperts:
 
     Attributes:
         layer: index among the MoE layers.
-        module: the experts module of transformers; its gate and layout are used, it has no weights.
+        gate: intermediate activations [rows, 2 I] -> [rows, I].
         row_multiple: rows of intermediate activations that fill whole vectors; 1 where bits do not matter.
         multiply: `multiply_groups`, or its fast sister.
     """
 
     layer: int
     rank: int
-    module: torch.nn.Module
     slots: ExpertSlots
+    gate: Callable[[torch.Tensor], torch.Tensor]
     row_multiple: int
     multiply: Callable[[torch.Tensor, Sequence[tuple[int, int]], Sequence[Weight], torch.Tensor], None]
     state: StepState | None = None
@@ -108,7 +108,7 @@ class LayerExperts:
         gate_up = torch.empty(padded, weights[0].gate_up.num_out, dtype=rows.dtype)
         gate_up[count:] = 0
         self.multiply(rows, bounds, [w.gate_up for w in weights], gate_up)
-        inner: torch.Tensor = self.module._apply_gate(gate_up)  # type: ignore[operator]
+        inner = self.gate(gate_up)
         out = torch.empty_like(rows)
         self.multiply(inner, bounds, [w.down for w in weights], out)
         return out

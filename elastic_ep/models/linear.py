@@ -1,11 +1,10 @@
-"""Matrix products whose rows do not know each other: our kernel by default, the library's where speed matters more than bits."""
+"""Products, norms and gates whose rows do not know each other: our kernels by default, the library's where speed matters more than bits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +12,7 @@ from elastic_ep.models.kernels import kernels
 
 _LIBRARY_ROWS = 32
 """from here on the float32 product of the library is ahead of ours (benchmarks/models.py)"""
+_HAS_BFLOAT16_UNIT = any(has for name, has in torch.cpu.get_capabilities().items() if name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 class Weight(NamedTuple):
@@ -41,19 +41,14 @@ def multiply_groups(x: torch.Tensor, groups: Sequence[tuple[int, int]], weights:
 
     A row's bits depend on the row and the weight alone. x [rows, in] and out [rows, out]: contiguous, of the weights' dtype.
     """
-    assert x.is_contiguous() and out.is_contiguous() and x.dtype == out.dtype == weights[0].matrix.dtype
-    table = np.array([(*bounds, *weight.addresses) for bounds, weight in zip(groups, weights, strict=True)], dtype=np.int64)
-    kernels().matmul(
-        x.data_ptr(),
-        out.data_ptr(),
-        table.__array_interface__["data"][0],
-        len(table),
-        x.shape[1],
-        out.shape[1],
-        x.dtype == torch.bfloat16,
-        weights[0].is_in_out,
-        False,
-    )
+    assert x.is_contiguous()
+    assert x.dtype == out.dtype == weights[0].matrix.dtype
+    table: list[int] = []
+    for bounds, weight in zip(groups, weights, strict=True):
+        table += bounds
+        table += weight.addresses
+    is_bf16 = x.dtype == torch.bfloat16
+    kernels().matmul(x.data_ptr(), out.data_ptr(), tuple(table), x.shape[1], out.shape[1], is_bf16, weights[0].is_in_out, False)
 
 
 def multiply_groups_fast(x: torch.Tensor, groups: Sequence[tuple[int, int]], weights: Sequence[Weight], out: torch.Tensor) -> None:
@@ -70,17 +65,28 @@ def multiply_groups_fast(x: torch.Tensor, groups: Sequence[tuple[int, int]], wei
 
 
 def is_library_faster(rows: int, dtype: torch.dtype) -> bool:
-    return (dtype == torch.float32 and rows >= _LIBRARY_ROWS) or (dtype == torch.bfloat16 and _HAS_BFLOAT16_UNIT)
+    """Whether torch's product of that many rows is likely ahead of our kernel on this processor."""
+    return rows >= _LIBRARY_ROWS if dtype == torch.float32 else _HAS_BFLOAT16_UNIT
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of rows [rows, 2 I] that hold gate and up side by side -> [rows, I]. bfloat16 rounds after each step."""
+    rows, width = gate_up.shape
+    out = torch.empty(rows, width // 2, dtype=gate_up.dtype)
+    kernels().swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width // 2, gate_up.dtype == torch.bfloat16, False)
+    return out
 
 
 class RowLinear(nn.Linear):
-    """nn.Linear over `multiply_groups`. Made of an nn.Linear by assigning the class."""
+    """nn.Linear over the kernel of `multiply_groups`. Made of an nn.Linear by assigning the class."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
+        weight, bias = self.weight, self.bias
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        rows = x.numel() // self.in_features
-        multiply_groups(x.view(rows, self.in_features), [(0, rows)], [Weight(self.weight, self.bias)], out.view(rows, self.out_features))
+        table = (0, x.numel() // self.in_features, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        is_bf16 = x.dtype == torch.bfloat16
+        kernels().matmul(x.data_ptr(), out.data_ptr(), table, self.in_features, self.out_features, is_bf16, False, False)
         return out
 
 
@@ -93,4 +99,32 @@ class FastLinear(RowLinear):
         return super().forward(x)
 
 
-_HAS_BFLOAT16_UNIT = any(has for name, has in torch.cpu.get_capabilities().items() if name in ("avx512_bf16", "amx_bf16", "bf16"))
+class RowNorm(nn.Module):
+    """Root mean square norm as the families' own modules compute it. Made of one of those by assigning the class.
+
+    Attributes:
+        weight, variance_epsilon: as there.
+        rounds_last: bfloat16 is rounded after the weight only (GPT-OSS), not also before it.
+    """
+
+    weight: torch.Tensor
+    variance_epsilon: float
+    rounds_last: bool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dim = x.shape[-1]
+        is_bf16 = x.dtype == torch.bfloat16
+        kernels().rms_norm(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // dim,
+            dim,
+            self.variance_epsilon,
+            is_bf16,
+            self.rounds_last,
+            False,
+        )
+        return out

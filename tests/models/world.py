@@ -38,7 +38,7 @@ class World:
     def __init__(self, folder: Path, slots: Sequence[Sequence[int]] | None = None, **options: Any):
         spec = inspect_checkpoint(folder)
         held = np.tile(np.arange(spec.num_experts), (spec.num_layers, 1)) if slots is None else np.array(slots)
-        self.engine = RecordingEngine(folder, 0, held.shape[1], **({"kv_tokens": 4096} | options))
+        self.engine = RecordingEngine(folder, 0, held.shape[1], **({"kv_tokens": 16384} | options))
         self.engine.load_dense()
         self.digests = {}
         for layer, row in enumerate(held):
