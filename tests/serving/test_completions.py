@@ -48,6 +48,12 @@ def test_null_is_the_default(api: Api) -> None:
     assert answer["usage"]["completion_tokens"] == 16
 
 
+def test_whole_numbers_may_be_written_as_floats(api: Api) -> None:
+    """2.0 is an integer to a JSON schema."""
+    assert api.complete(prompt=[1], max_tokens=2.0, n=2.0, logprobs=1.0)["usage"]["completion_tokens"] == 4
+    assert all(isinstance(r.max_tokens, int) for r in api.backend.requests)
+
+
 def test_the_default_length_ends_at_the_context(tokenizer: TextTokenizer) -> None:
     api = Api(FakeBackend(max_model_len=10), tokenizer)
     assert api.complete(prompt=[1] * 7)["usage"]["completion_tokens"] == 3
@@ -73,6 +79,8 @@ def test_eos_ends_the_answer_and_is_no_text(api: Api, tokenizer: TextTokenizer) 
         (["hello", "hello"], [[323], [323]]),
         ([3, 4], [[3, 4]]),
         ([[3], [4, 5]], [[3], [4, 5]]),
+        ([3.0, 4], [[3, 4]]),
+        ([[3], [4.0]], [[3], [4]]),
     ],
 )
 def test_prompt_kinds(api: Api, prompt: object, expected: list[list[int]]) -> None:

@@ -68,8 +68,10 @@ def test_bodies_tell_the_models_limits(document: dict[str, Any]) -> None:
 
 def test_without_a_tokenizer_prompts_are_ids() -> None:
     api = Api(FakeBackend(), Tokenizer())
-    prompt = api.get("/openapi.json").json()["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
+    document = api.get("/openapi.json").json()
+    prompt = document["components"]["schemas"]["CompletionRequest"]["properties"]["prompt"]
     assert [kind["type"] for kind in prompt["anyOf"]] == ["array", "array"]
+    assert CHAT not in document["paths"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": 5}, "prompt", PROMPT_KINDS + "5"),
     ({"prompt": [1, "a"]}, "prompt", PROMPT_KINDS + '[1, "a"]'),
     ({"prompt": [1, True]}, "prompt", PROMPT_KINDS + "[1, true]"),
+    ({"prompt": [1, 1.5]}, "prompt", PROMPT_KINDS + "[1, 1.5]"),
     ({"prompt": [1.5]}, "prompt", PROMPT_KINDS + "[1.5]"),
     ({"prompt": [[[1]]]}, "prompt", PROMPT_KINDS + "[[[1]]]"),
     ({"prompt": ""}, "prompt", 'prompt must not be empty; give at least one character, got ""'),
@@ -34,17 +35,17 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"prompt": [1] * 200, "max_tokens": 57},
         "max_tokens",
-        "prompt of 200 tokens and max_tokens 57 exceed the model's context (max_model_len 256); shorten the prompt or ask for at most 56",
+        "a prompt of 200 tokens and max_tokens 57 exceed the model's context (max_model_len 256); shorten the prompt or ask for at most 56",
     ),
     (
         {"prompt": [1] * 256},
         "prompt",
-        "prompt of 256 tokens leaves no room in the model's context (max_model_len 256); shorten it by at least 1",
+        "a prompt of 256 tokens leaves no room in the model's context (max_model_len 256); shorten it by at least 1",
     ),
     (
         {"prompt": "a" * 40_000},
         "prompt",
-        "prompt of 40000 characters is longer than the model's context (max_model_len 256); shorten it",
+        "a prompt of 40000 characters is longer than the model's context (max_model_len 256); shorten it",
     ),
     ({"temperature": -0.1}, "temperature", "temperature must be at least 0, got -0.1"),
     ({"temperature": 2.5}, "temperature", "temperature must be at most 2, got 2.5"),
@@ -113,7 +114,7 @@ CHAT_REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 2}, "top_logprobs", "top_logprobs 2 needs logprobs: true; add it or remove top_logprobs"),
     ({"logprobs": 2}, "logprobs", "logprobs must be true or false, got 2"),
     ({"max_tokens": 2, "max_completion_tokens": 2}, "max_tokens", "max_tokens and max_completion_tokens mean the same; give one of them"),
-    ({"max_tokens": 2000}, "max_tokens", "messages of "),
+    ({"max_tokens": 2000}, "max_tokens", "a prompt of "),
     ({"tools": [{"type": "function"}]}, "tools", "tools is not supported; remove it"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs", "chat_template_kwargs must be an object, got []"),
 ]

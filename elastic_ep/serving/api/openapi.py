@@ -79,6 +79,9 @@ def _document(app: FastAPI, backend: Backend, has_text: bool) -> dict[str, Any]:
     for body in _BODIES:
         _complete_body(components[body.__name__], backend)
     components["CompletionRequest"]["properties"]["prompt"] = _prompt(backend, has_text)
+    if not has_text:
+        components["CompletionRequest"]["properties"]["stop"] = {"enum": [None, []], "description": "Needs a tokenizer."}
+        del schema["paths"]["/v1/chat/completions"]
     components["ChatCompletionRequest"]["allOf"] += [
         _needs_true("top_logprobs", "integer", "logprobs"),
         {"not": {"properties": {name: {"type": "integer"} for name in _LENGTHS}, "required": list(_LENGTHS)}},

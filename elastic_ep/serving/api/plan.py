@@ -164,7 +164,7 @@ async def _encode(tokenizer: Tokenizer, text: str, backend: Backend, param: str)
     encode = tokenizer.encode if param == "prompt" else tokenizer.encode_chat
     limit = backend.max_model_len * MAX_CHARS_PER_TOKEN
     if len(text) > limit:
-        raise _too_long(f"{param} of {len(text)} characters is longer than", backend, param, "shorten it")
+        raise _too_long(f"a prompt of {len(text)} characters is longer than", backend, param, "shorten it")
     try:
         ids = await asyncio.to_thread(encode, text) if len(text) > LONG_TEXT_CHARS else encode(text)
     except InvalidInputError as error:
@@ -185,12 +185,12 @@ def _length(num_prompt_tokens: int, max_tokens: int | None, default: int, backen
     """How many tokens to generate at most: what was asked for, or the default as far as the context reaches."""
     room = backend.max_model_len - num_prompt_tokens
     if room < 1:
-        raise _too_long(f"{param} of {num_prompt_tokens} tokens leaves no room in", backend, param, f"shorten it by at least {1 - room}")
+        raise _too_long(f"a prompt of {num_prompt_tokens} tokens leaves no room in", backend, param, f"shorten it by at least {1 - room}")
     if max_tokens is None:
         return min(default, room)
     if max_tokens > room:
-        what = f"{param} of {num_prompt_tokens} tokens and max_tokens {shown(max_tokens)} exceed"
-        raise _too_long(what, backend, "max_tokens", f"shorten the {param} or ask for at most {room}")
+        what = f"a prompt of {num_prompt_tokens} tokens and max_tokens {shown(max_tokens)} exceed"
+        raise _too_long(what, backend, "max_tokens", f"shorten the prompt or ask for at most {room}")
     return max_tokens
 
 

@@ -45,11 +45,30 @@ def _check_prompt(value: Any) -> str | list[Any]:
     kinds = set(map(type, value))
     if kinds == {str}:
         return [_check_text(text) for text in value]
-    if kinds == {int} or (kinds == {list} and all(set(map(type, ids)) == {int} for ids in value)):
-        return value
-    if kinds == {list} and not all(value):
-        raise ValueError("must not hold an empty list; give each prompt at least one token")
+    if (ids := _as_ids(value)) is not None:
+        return ids
+    if kinds == {list}:
+        if not all(value):
+            raise ValueError("must not hold an empty list; give each prompt at least one token")
+        lists = [_as_ids(part) for part in value]
+        if None not in lists:
+            return lists
     raise ValueError(_PROMPT_KINDS)
+
+
+def _as_ids(values: list[Any]) -> list[int] | None:
+    """The list with its numbers as ints, None if anything in it is no whole number."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return values
+    if kinds <= {int, float} and all(v == int(v) for v in values):
+        return [int(v) for v in values]
+    return None
+
+
+def _whole(value: Any) -> Any:
+    """2.0 is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_text(text: str) -> str:
@@ -80,6 +99,9 @@ Stop = Annotated[
 ]
 
 
+WHOLE = BeforeValidator(_whole)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -95,11 +117,13 @@ class GenerationBody(_Strict):
     """Fields of both generating endpoints. null means the default."""
 
     model: str | None = Field(None, description="The served model's name, or nothing.")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     temperature: float | None = Field(None, ge=0, le=2, description="Default 1; 0 is greedy.")
     top_p: float | None = Field(None, gt=0, le=1, description="Default 1.")
-    seed: int | None = Field(None, ge=-(2**63), le=2**64 - 1, description="Same seed, same tokens; drawn at random if not given.")
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Default 1.")
+    seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1), WHOLE] | None = Field(
+        None, description="Same seed, same tokens; drawn at random if not given."
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = Field(None, description="Default 1.")
     stop: Stop = Field([], description="Text ends before the first of these.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -109,7 +133,9 @@ class GenerationBody(_Strict):
 
 class CompletionRequest(GenerationBody):
     prompt: Prompt
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="How many alternatives to list for each token.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = Field(
+        None, description="How many alternatives to list for each token."
+    )
 
 
 class ContentPart(_Strict):
@@ -145,9 +171,9 @@ class ChatMessage(_Strict):
 
 class ChatCompletionRequest(GenerationBody):
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="Needs logprobs: true.")
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = Field(None, description="Needs logprobs: true.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Switches of the model's own chat template.")
 
 
