@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameError, FrameKey, Header, parse_header
+from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameError, FrameFormat, FrameKey, Header, parse_foreign
 from elastic_ep.runtime.dispatch.outbox import Inbox
 
 _AHEAD_BYTES = 1 << 14
@@ -53,6 +53,9 @@ def byte_view(array: Any) -> memoryview:
     return memoryview(array).cast("B")
 
 
+Accept = Callable[["Channel", Header], Sequence[Any]]
+
+
 class Channel:
     """A connected, non-blocking stream socket.
 
@@ -71,14 +74,14 @@ class Channel:
         self.broken = False
         self._counters = counters
         self._max_payload_bytes = max_payload_bytes
-        self._out: deque[memoryview] = deque()
+        self._out: deque[Any] = deque()
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._begin = self._end = 0
         """what is read and not yet used of `_ahead`"""
-        self._header: Header | None = None
         self._body: list[memoryview] | None = None
-        """what is still to be filled of the expected frame; None before its reader is known"""
-        self._discard: int | None = None
+        """what is still to be filled of the frame that is being received"""
+        self._body_key: FrameKey | None = None
+        self._discard = 0
         """bytes still to be dropped of an older frame"""
 
     # ---- out
@@ -89,16 +92,18 @@ class Channel:
 
     def post(self, buffers: Sequence[Any]) -> None:
         """Queue one frame (non-empty byte buffers, owned by the channel from now on) and send what the socket takes."""
-        self._out.extend(map(memoryview, buffers))
+        self._out.extend(buffers)
         self.flush()
 
     def flush(self) -> None:
         """Send what the socket takes now. A peer that is gone sets `broken`; nothing is raised."""
         out = self._out
         while out and not self.broken:
-            batch = list(out) if len(out) <= _MAX_BUFFERS else [out[i] for i in range(_MAX_BUFFERS)]
             try:
-                sent = self.sock.sendmsg(batch, (), socket.MSG_NOSIGNAL)
+                if len(out) == 1:
+                    sent = self.sock.send(out[0], socket.MSG_NOSIGNAL)
+                else:
+                    sent = self.sock.sendmsg([out[i] for i in range(min(len(out), _MAX_BUFFERS))], (), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             except OSError:
@@ -108,17 +113,17 @@ class Channel:
             while out and sent >= len(out[0]):
                 sent -= len(out.popleft())
             if sent:
-                out[0] = out[0][sent:]
+                out[0] = memoryview(out[0])[sent:]
 
     # ---- in
 
     @property
     def holds_input(self) -> bool:
         """Bytes are here that no poll will announce."""
-        return self._header is not None or self._begin < self._end
+        return self._begin < self._end
 
-    def receive(self, want: FrameKey, accept: Callable[[Channel, Header], Sequence[Any]]) -> Progress:
-        """Read until the frame `want` is complete or no more bytes are there. Older frames are dropped, a newer one is left.
+    def receive(self, want: FrameFormat, accept: Accept) -> Progress:
+        """Read until the frame of the exchange `want` is complete or no more bytes are there. Older frames are dropped, a newer one stays.
 
         Args:
             accept: called once with the expected frame's header; returns non-empty writable buffers for its payload, or raises
@@ -126,21 +131,29 @@ class Channel:
         """
         try:
             while True:
-                header = self._header or self._read_header()
-                if header.key > want:
-                    return Progress.PARKED
-                if header.key == want:
-                    if self._body is None:
-                        self._body = [memoryview(b).cast("B") for b in accept(self, header)]
-                    self._read_body(self._body)
-                    self._header = self._body = None
-                    return Progress.DONE
-                if self._discard is None:
-                    # never wanted, or its call was aborted half-way and the rest has no reader any more
-                    self._discard = header.payload_bytes if self._body is None else sum(map(len, self._body))
-                self._read_discard()
-                self._counters.stale_frames += 1
-                self._header = self._body = self._discard = None
+                if self._body is not None:
+                    if self._body_key == want.key:
+                        self._read_body(self._body)
+                        self._body = None
+                        return Progress.DONE
+                    # the call that wanted it was aborted half-way: the rest has no reader any more
+                    self._start_discard(sum(map(len, self._body)))
+                    self._body = None
+                if self._discard:
+                    self._read_discard()
+                self._read_ahead(HEADER_BYTES)
+                if self._ahead[self._begin : self._begin + len(want.prefix)] == want.prefix:
+                    header = want.parse(self._ahead, self._begin, self._max_payload_bytes)
+                    self._body = [memoryview(b).cast("B") for b in accept(self, header)]
+                    self._body_key = want.key
+                else:
+                    other, header = parse_foreign(self._ahead, self._begin, self._max_payload_bytes)
+                    if other.key > want.key:
+                        return Progress.PARKED
+                    if other.key == want.key:
+                        raise FrameError(f"rows of hidden {other.hidden}, dtype {other.dtype_code}; here {want.hidden}, {want.dtype_code}")
+                    self._start_discard(header.payload_bytes)
+                self._begin += HEADER_BYTES
         except BlockingIOError:
             return Progress.WAITING
         except FrameError:
@@ -150,15 +163,14 @@ class Channel:
             self.broken = True
             return Progress.CLOSED
 
-    def _read_header(self) -> Header:
-        while self._end - self._begin < HEADER_BYTES:
+    def _read_ahead(self, num_bytes: int) -> None:
+        """Have at least so many unused bytes in `_ahead`."""
+        while self._end - self._begin < num_bytes:
             left = self._end - self._begin
-            self._ahead[:left] = self._ahead[self._begin : self._end]
+            if left:
+                self._ahead[:left] = self._ahead[self._begin : self._end]
             self._begin, self._end = 0, left
             self._end += self._count(self.sock.recv_into(self._ahead[left:] if left else self._ahead))
-        self._header = parse_header(self._ahead, self._begin, self._max_payload_bytes)
-        self._begin += HEADER_BYTES
-        return self._header
 
     def _read_body(self, body: list[memoryview]) -> None:
         while body:
@@ -174,8 +186,11 @@ class Channel:
             if got:
                 body[0] = body[0][got:]
 
+    def _start_discard(self, num_bytes: int) -> None:
+        self._counters.stale_frames += 1
+        self._discard = num_bytes
+
     def _read_discard(self) -> None:
-        assert self._discard is not None
         got = min(self._discard, self._end - self._begin)
         self._begin += got
         self._discard -= got

@@ -1,7 +1,8 @@
 """The bytes of a frame's header: what it says, and which headers are refused before a byte of payload is read or allocated.
 
-Header, 64 bytes, little-endian: magic u32, version u8, phase u8, dtype u8, flags u8 (1: rows lie in the sender's outbox), epoch i64,
-step i64, layer u32, rows u32, pairs u32, hidden u32, payload bytes u64, 16 bytes of zeros.
+Header, 64 bytes, little-endian. The first 32 are the same in all frames of one exchange: magic u32, version u8, phase u8, dtype u8,
+zero u8, epoch i64, step i64, layer u32, hidden u32. Then: flags u32 (1: the rows lie in the sender's outbox), rows u32, pairs u32,
+zero u32, payload bytes u64, 8 bytes of zeros.
 
 Payload, by phase and flag:
     dispatch           pairs [pairs, 2] int32 (row, expert), then rows [rows, hidden]
@@ -19,13 +20,15 @@ from typing import NamedTuple
 from elastic_ep.runtime.dispatch.base import StepPoint
 
 HEADER_BYTES = 64
-PAIR_BYTES = 8
-INDEX_BYTES = 4
-_LAYOUT = struct.Struct("<IBBBBqqIIIIQ16x")
+_COMMON = struct.Struct("<IBBBBqqII")
+_OWN = struct.Struct("<III4xQ8x")
 _MAGIC = 0x70654531
 _VERSION = 1
+_PAIR_BYTES = 8
+_INDEX_BYTES = 4
 _ITEM_BYTES = (4, 2)
 """bytes of one element by dtype code, as in `checks.DTYPES`"""
+_NUM_PHASES = 2
 
 
 class Phase(enum.IntEnum):
@@ -53,37 +56,50 @@ class FrameError(ValueError):
 
 
 class Header(NamedTuple):
-    key: FrameKey
-    dtype_code: int
+    """What one frame says of itself beyond its exchange."""
+
     in_outbox: bool
     rows: int
     pairs: int
-    hidden: int
     payload_bytes: int
 
 
-def payload_bytes(phase: int, dtype_code: int, in_outbox: bool, rows: int, pairs: int, hidden: int) -> int:
-    """How long the payload of such a frame is."""
-    row_bytes = hidden * _ITEM_BYTES[dtype_code]
-    if phase == Phase.DISPATCH:
-        return pairs * PAIR_BYTES + (0 if in_outbox else rows * row_bytes)
-    return pairs * INDEX_BYTES if in_outbox else pairs * row_bytes
+class FrameFormat:
+    """What all frames of one exchange have in common. `prefix` is how their headers begin."""
+
+    __slots__ = ("dtype_code", "hidden", "key", "prefix", "row_bytes")
+
+    def __init__(self, key: FrameKey, dtype_code: int, hidden: int):
+        self.key = key
+        self.dtype_code = dtype_code
+        self.hidden = hidden
+        self.row_bytes = hidden * _ITEM_BYTES[dtype_code]
+        self.prefix = _COMMON.pack(_MAGIC, _VERSION, key.phase, dtype_code, 0, key.epoch, key.step, key.layer, hidden)
+
+    def payload_bytes(self, in_outbox: bool, rows: int, pairs: int) -> int:
+        """How long the payload of such a frame is."""
+        if self.key.phase == Phase.DISPATCH:
+            return pairs * _PAIR_BYTES + (0 if in_outbox else rows * self.row_bytes)
+        return pairs * (_INDEX_BYTES if in_outbox else self.row_bytes)
+
+    def pack(self, in_outbox: bool, rows: int, pairs: int) -> bytes:
+        """A frame's header."""
+        return self.prefix + _OWN.pack(in_outbox, rows, pairs, self.payload_bytes(in_outbox, rows, pairs))
+
+    def parse(self, raw: bytes | bytearray | memoryview, offset: int, max_payload_bytes: int) -> Header:
+        """The second half of a header that begins with `prefix`. Raises FrameError for a length that is not its contents' or too much."""
+        flags, rows, pairs, length = _OWN.unpack_from(raw, offset + _COMMON.size)
+        if flags > 1 or length > max_payload_bytes or length != self.payload_bytes(flags == 1, rows, pairs):
+            raise FrameError(f"flags {flags}, payload of {length} bytes for {rows} rows, {pairs} pairs of hidden {self.hidden}")
+        return Header(flags == 1, rows, pairs, length)
 
 
-def pack_header(key: FrameKey, dtype_code: int, in_outbox: bool, rows: int, pairs: int, hidden: int) -> bytes:
-    """A frame's first 64 bytes."""
-    epoch, step, layer, phase = key
-    length = payload_bytes(phase, dtype_code, in_outbox, rows, pairs, hidden)
-    return _LAYOUT.pack(_MAGIC, _VERSION, phase, dtype_code, in_outbox, epoch, step, layer, rows, pairs, hidden, length)
-
-
-def parse_header(raw: bytes | bytearray | memoryview, offset: int, max_payload_bytes: int) -> Header:
-    """Read 64 bytes. Raises FrameError unless they are a header of ours whose length is its contents' and within the limit."""
-    magic, version, phase, dtype_code, flags, epoch, step, layer, rows, pairs, hidden, length = _LAYOUT.unpack_from(raw, offset)
+def parse_foreign(raw: bytes | bytearray | memoryview, offset: int, max_payload_bytes: int) -> tuple[FrameFormat, Header]:
+    """A header of whichever exchange. Raises FrameError for bytes that are no header of ours."""
+    magic, version, phase, dtype_code, zero, epoch, step, layer, hidden = _COMMON.unpack_from(raw, offset)
     if magic != _MAGIC or version != _VERSION:
         raise FrameError(f"magic {magic:#x} version {version}: not a frame of version {_VERSION}")
-    if phase > 1 or dtype_code >= len(_ITEM_BYTES) or flags > 1 or epoch < 0 or step < 0:
-        raise FrameError(f"phase {phase}, dtype {dtype_code}, flags {flags}, epoch {epoch}, step {step}: not a frame of ours")
-    if length > max_payload_bytes or length != payload_bytes(phase, dtype_code, flags == 1, rows, pairs, hidden):
-        raise FrameError(f"payload of {length} bytes for {rows} rows, {pairs} pairs, hidden {hidden} (limit {max_payload_bytes})")
-    return Header(FrameKey(epoch, step, layer, phase), dtype_code, flags == 1, rows, pairs, hidden, length)
+    if phase >= _NUM_PHASES or dtype_code >= len(_ITEM_BYTES) or zero or epoch < 0 or step < 0:
+        raise FrameError(f"phase {phase}, dtype {dtype_code}, epoch {epoch}, step {step}: not a frame of ours")
+    frame_format = FrameFormat(FrameKey(epoch, step, layer, phase), dtype_code, hidden)
+    return frame_format, frame_format.parse(raw, offset, max_payload_bytes)

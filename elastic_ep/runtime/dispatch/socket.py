@@ -15,7 +15,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interrupted, PeerFailed, StepPoint
-from elastic_ep.runtime.dispatch.channel import Channel, Progress, byte_view
+from elastic_ep.runtime.dispatch.channel import Accept, Channel, Progress, byte_view
 from elastic_ep.runtime.dispatch.checks import DTYPES, check_combine, check_dispatch
-from elastic_ep.runtime.dispatch.frames import FrameError, FrameKey, Header, Phase, pack_header
+from elastic_ep.runtime.dispatch.frames import FrameError, FrameFormat, FrameKey, Header, Phase
 from elastic_ep.runtime.dispatch.grouping import Arrival, BadPairsError, Departure, distinct_rows, plan_arrival, plan_departure
 from elastic_ep.runtime.dispatch.mesh import GONE, Mesh
 from elastic_ep.runtime.dispatch.outbox import OutboxError
@@ -146,18 +146,17 @@ class SocketDispatcher:
         ids = check_dispatch(x, topk_ids, topk_weights, routing, at)
         departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, self.rank, at.step), self._ranks[-1] + 1)
         self._check_destinations(departure)
-        key = self._next_key(at, Phase.DISPATCH)
-        code, source = DTYPES.index(x.dtype), as_array(x)
+        source = as_array(x)
         hidden = source.shape[1]
+        form = self._next_format(at, Phase.DISPATCH, x)
         pairs_of, rows_of = {self.rank: departure.pairs_for(self.rank)}, {self.rank: source}
 
         def accept(channel: Channel, header: Header) -> list[Any]:
-            self._check_layout(header, code, hidden)
             pairs = pairs_of[channel.peer] = np.empty((header.pairs, 2), dtype=np.int32)
-            rows = rows_of[channel.peer] = self._incoming_rows(channel, header, header.rows)
+            rows = rows_of[channel.peer] = self._incoming_rows(channel, form, header.in_outbox, header.rows)
             return [a for a in (pairs, *([] if header.in_outbox else [rows])) if a.size]
 
-        done = self._exchange(key, self._dispatch_frames(key, code, source, departure), accept)
+        done = self._exchange(form, self._dispatch_frames(form, source, departure), accept)
         if done.interrupted:
             return Interrupted()
         sources = [r for r in self._ranks if r == self.rank or (r in done.arrived and r not in done.failed)]
@@ -171,19 +170,18 @@ class SocketDispatcher:
         handle = DispatchHandle(grouped, arrival.groups, _SocketState(at, departure, topk_weights, arrival.back, source_pairs))
         return PeerFailed(done.failed, handle) if done.failed else handle
 
-    def _dispatch_frames(self, key: FrameKey, code: int, source: NDArray[Any], departure: Departure) -> dict[int, list[Any]]:
-        hidden = source.shape[1]
+    def _dispatch_frames(self, form: FrameFormat, source: NDArray[Any], departure: Departure) -> dict[int, list[Any]]:
         shared = self._publish(Phase.DISPATCH, source)
         frames = {}
         for rank, channel in self._mesh.channels.items():
             pairs = departure.pairs_for(rank)
             if shared and channel.inbox is not None:
-                frames[rank] = _frame(pack_header(key, code, True, len(source), len(pairs), hidden), pairs)
+                frames[rank] = _frame(form.pack(True, len(source), len(pairs)), pairs)
                 continue
             tokens, pairs = distinct_rows(pairs)
-            rows = self._buffer("out", rank, len(tokens), hidden, source.dtype)
+            rows = self._buffer("out", rank, len(tokens), form.hidden, source.dtype)
             np.take(source, tokens, axis=0, out=rows, mode="clip")
-            frames[rank] = _frame(pack_header(key, code, False, len(tokens), len(pairs), hidden), pairs, rows)
+            frames[rank] = _frame(form.pack(False, len(tokens), len(pairs)), pairs, rows)
         return frames
 
     def _plan_arrival(
@@ -211,8 +209,8 @@ class SocketDispatcher:
         """See `Dispatcher.combine`."""
         state: _SocketState = handle.state
         y = check_combine(y, handle)
-        key = self._next_key(state.at, Phase.COMBINE)
-        code, outputs, departure = DTYPES.index(y.dtype), as_array(y), state.departure
+        form = self._next_format(state.at, Phase.COMBINE, y)
+        outputs, departure = as_array(y), state.departure
         hidden = outputs.shape[1]
         row_of = np.empty(len(departure.pairs), dtype=np.int32)
         rows_of: dict[int, NDArray[Any]] = {self.rank: outputs}
@@ -221,17 +219,18 @@ class SocketDispatcher:
             return row_of[departure.start[rank] : departure.start[rank + 1]]
 
         def accept(channel: Channel, header: Header) -> list[Any]:
-            self._check_layout(header, code, hidden)
             indices = part(channel.peer)
             if header.pairs != len(indices):
                 raise FrameError(f"rank {channel.peer} returned {header.pairs} rows for {len(indices)} pairs")
-            rows = rows_of[channel.peer] = self._incoming_rows(channel, header, header.rows if header.in_outbox else header.pairs)
+            rows = rows_of[channel.peer] = self._incoming_rows(
+                channel, form, header.in_outbox, header.rows if header.in_outbox else header.pairs
+            )
             if not header.in_outbox:
                 indices[:] = np.arange(len(indices))
             received = indices if header.in_outbox else rows
             return [received] if received.size else []
 
-        done = self._exchange(key, self._combine_frames(key, code, outputs, state), accept)
+        done = self._exchange(form, self._combine_frames(form, outputs, state), accept)
         if done.interrupted:
             return Interrupted()
         begin, end = state.source_pairs[self.rank]
@@ -246,8 +245,7 @@ class SocketDispatcher:
         out = self._sum(rows_of, row_of, state, hidden, y.dtype)
         return PeerFailed(done.failed, out) if done.failed else out
 
-    def _combine_frames(self, key: FrameKey, code: int, outputs: NDArray[Any], state: _SocketState) -> dict[int, list[Any]]:
-        hidden = outputs.shape[1]
+    def _combine_frames(self, form: FrameFormat, outputs: NDArray[Any], state: _SocketState) -> dict[int, list[Any]]:
         shared = self._publish(Phase.COMBINE, outputs)
         frames = {}
         for rank, (begin, end) in state.source_pairs.items():
@@ -256,11 +254,11 @@ class SocketDispatcher:
                 continue
             indices = state.back[begin:end]
             if shared and channel.inbox is not None:
-                frames[rank] = _frame(pack_header(key, code, True, len(outputs), len(indices), hidden), indices)
+                frames[rank] = _frame(form.pack(True, len(outputs), len(indices)), indices)
                 continue
-            rows = self._buffer("out", rank, len(indices), hidden, outputs.dtype)
+            rows = self._buffer("out", rank, len(indices), form.hidden, outputs.dtype)
             np.take(outputs, indices, axis=0, out=rows, mode="clip")
-            frames[rank] = _frame(pack_header(key, code, False, 0, len(indices), hidden), rows)
+            frames[rank] = _frame(form.pack(False, 0, len(indices)), rows)
         return frames
 
     def _sum(
@@ -274,14 +272,14 @@ class SocketDispatcher:
 
     # ---- parts of both
 
-    def _next_key(self, at: StepPoint, phase: Phase) -> FrameKey:
+    def _next_format(self, at: StepPoint, phase: Phase, rows: torch.Tensor) -> FrameFormat:
         key = FrameKey.of(at, phase)
         if key <= self._last_key:
             raise InvalidInputError(
                 f"{phase.name.lower()} at {tuple(at)} does not come after {tuple(self._last_key)}; run a void step again under a later one"
             )
         self._last_key = key
-        return key
+        return FrameFormat(key, DTYPES.index(rows.dtype), rows.shape[1])
 
     def _check_destinations(self, departure: Departure) -> None:
         if len(self._ranks) == len(departure.start) - 1:
@@ -291,11 +289,6 @@ class SocketDispatcher:
             raise InvalidInputError(
                 f"the routing table sends rows to ranks {strangers}, the mesh has {self._ranks}; connect the epoch's peers first"
             )
-
-    @staticmethod
-    def _check_layout(header: Header, code: int, hidden: int) -> None:
-        if header.hidden != hidden or header.dtype_code != code:
-            raise FrameError(f"rows of hidden {header.hidden}, dtype {header.dtype_code}; here they have {hidden} and {code}")
 
     def _served_experts(self, routing: RoutingTable, layer: int) -> NDArray[np.bool_]:
         """bool [E]: the experts of a layer with a replica here."""
@@ -319,15 +312,15 @@ class SocketDispatcher:
             return False
         return outbox.write(phase, rows)
 
-    def _incoming_rows(self, channel: Channel, header: Header, num_rows: int) -> NDArray[Any]:
+    def _incoming_rows(self, channel: Channel, form: FrameFormat, in_outbox: bool, num_rows: int) -> NDArray[Any]:
         """[num_rows, hidden]: where they lie in the peer's outbox, or where they are to be received."""
-        dtype = array_dtype(DTYPES[header.dtype_code])
-        if not header.in_outbox:
-            return self._buffer("in", channel.peer, num_rows, header.hidden, dtype)
+        dtype = array_dtype(DTYPES[form.dtype_code])
+        if not in_outbox:
+            return self._buffer("in", channel.peer, num_rows, form.hidden, dtype)
         if channel.inbox is None:
             raise FrameError(f"rank {channel.peer} points into an outbox that is not shared with us")
         try:
-            return channel.inbox.rows(header.key.phase, num_rows, header.hidden, dtype)
+            return channel.inbox.rows(form.key.phase, num_rows, form.hidden, dtype)
         except OutboxError as error:
             raise FrameError(str(error)) from error
 
@@ -342,18 +335,14 @@ class SocketDispatcher:
 
     # ---- the exchange
 
-    def _exchange(
-        self, key: FrameKey, frames: Mapping[int, Sequence[Any]], accept: Callable[[Channel, Header], Sequence[Any]]
-    ) -> _Exchanged:
+    def _exchange(self, form: FrameFormat, frames: Mapping[int, Sequence[Any]], accept: Accept) -> _Exchanged:
         """Send one frame to each peer and take in one from each."""
-        done = self._run_exchange(key, frames, accept)
+        done = self._run_exchange(form, frames, accept)
         if done.failed or done.interrupted:
             self._buffers = {}
         return done
 
-    def _run_exchange(
-        self, key: FrameKey, frames: Mapping[int, Sequence[Any]], accept: Callable[[Channel, Header], Sequence[Any]]
-    ) -> _Exchanged:
+    def _run_exchange(self, form: FrameFormat, frames: Mapping[int, Sequence[Any]], accept: Accept) -> _Exchanged:
         mesh = self._mesh
         failed = {r: FailureKind.CLOSED for r in mesh.peers if r not in mesh.channels}
         arrived: set[int] = set()
@@ -374,7 +363,7 @@ class SocketDispatcher:
                 if fd == self._interrupt_fd:
                     return _Exchanged(failed, arrived, interrupted=True)
                 channel = waiting[fd]
-                kind = _advance(channel, event, key, accept, arrived, poll)
+                kind = _advance(channel, event, form, accept, arrived, poll)
                 if kind is not None:
                     failed[channel.peer] = kind
                     mesh.drop(channel.peer)
@@ -397,18 +386,11 @@ def _frame(header: bytes, *payload: NDArray[Any]) -> list[Any]:
     return [header, *(byte_view(a) for a in payload if a.size)]
 
 
-def _advance(
-    channel: Channel,
-    event: int,
-    key: FrameKey,
-    accept: Callable[[Channel, Header], Sequence[Any]],
-    arrived: set[int],
-    poll: select.poll,
-) -> FailureKind | None:
+def _advance(channel: Channel, event: int, form: FrameFormat, accept: Accept, arrived: set[int], poll: select.poll) -> FailureKind | None:
     """Serve one ready channel and say what to poll it for next. Returns how the peer failed, if it did."""
     if channel.has_unsent:
         channel.flush()
-    progress = Progress.DONE if channel.peer in arrived else channel.receive(key, accept)
+    progress = Progress.DONE if channel.peer in arrived else channel.receive(form, accept)
     if progress is Progress.DONE:
         arrived.add(channel.peer)
     if progress in _FAILURE_OF:
