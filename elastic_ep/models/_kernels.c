@@ -14,10 +14,12 @@
 
 #define TILE 64 /* keys per tile and tokens per page; kv.py reads it from here */
 #define ROWS 64 /* (query, head) rows that walk the tiles together */
-#define BLOCK_FLOATS (1 << 15) /* inputs of one block of rows in matmul */
+#define BLOCK_FLOATS (1 << 15) /* inputs of one block of rows in matmul, and of one stretch of widened weights */
+#define WIDEN_ROWS 12
 #define UNROLL _Pragma("GCC unroll 8")
 
 typedef float V8 __attribute__((vector_size(32), may_alias));
+typedef uint32_t U8 __attribute__((vector_size(32), may_alias));
 typedef int32_t I8 __attribute__((vector_size(32), may_alias));
 typedef float V8U __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint16_t H8U __attribute__((vector_size(16), aligned(2), may_alias));
@@ -51,7 +53,12 @@ struct norm {
     float eps;
 };
 
-typedef void (*matmul_fn)(const float *x, int rows, const char *w, int in, int out, float *y);
+struct product { /* what the rows of one matmul have in common */
+    int in, out, is_bf16, is_in_out;
+    int stretch; /* columns whose widened weights fit `wide` */
+    float *wide;
+};
+typedef void (*multiply_fn)(const struct product *p, const float *x, int rows, const char *weight, float *y);
 
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx2,fma")))
@@ -162,28 +169,34 @@ static uint16_t narrow(float value) {
 /* groups: a flat tuple of (first row, end row, address of the weight, address of the bias or 0) for each group. */
 static PyObject *matmul(PyObject *self, PyObject *args) {
     unsigned long long x_address, out_address;
-    int in, out, is_bf16, is_in_out, portable;
+    int portable;
+    struct product p;
     PyObject *groups;
-    if (!PyArg_ParseTuple(args, "KKO!iippp", &x_address, &out_address, &PyTuple_Type, &groups, &in, &out, &is_bf16, &is_in_out, &portable))
+    if (!PyArg_ParseTuple(args, "KKO!iippp", &x_address, &out_address, &PyTuple_Type, &groups, &p.in, &p.out, &p.is_bf16, &p.is_in_out,
+                          &portable))
         return NULL;
-    const int num_groups = (int)(PyTuple_GET_SIZE(groups) / 4);
-    int64_t *table = malloc(sizeof(int64_t) * 4 * (num_groups + 1));
-    if (!table) return PyErr_NoMemory();
-    for (int i = 0; i < 4 * num_groups; i++) table[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(groups, i));
-    if (PyErr_Occurred()) {
-        free(table);
-        return NULL;
-    }
-    matmul_fn multiply = matmuls_portable[is_in_out][is_bf16];
+    multiply_fn multiply = multiply_portable;
 #if defined(__x86_64__)
-    if (!portable && use_avx2()) multiply = matmuls_avx2[is_in_out][is_bf16];
+    if (!portable && use_avx2()) multiply = multiply_avx2;
 #endif
+    const size_t in = p.in, out = p.out;
+    const int num_groups = (int)(PyTuple_GET_SIZE(groups) / 4);
     const int block = BLOCK_FLOATS / in / 4 * 4 > 4 ? BLOCK_FLOATS / in / 4 * 4 : 4; /* rows whose inputs stay in the second cache */
-    float *wide = NULL;
-    if (is_bf16 && !(wide = malloc(sizeof(float) * block * ((size_t)in + out)))) {
-        free(table);
-        return PyErr_NoMemory();
+    p.stretch = BLOCK_FLOATS / in / 12 * 12 > 12 ? BLOCK_FLOATS / in / 12 * 12 : 12;
+    int64_t *table = malloc(sizeof(int64_t) * 4 * (num_groups + 1));
+    float *wide_x = NULL, *wide_y = NULL;
+    p.wide = NULL;
+    if (p.is_bf16) {
+        wide_x = malloc(sizeof(float) * block * in);
+        wide_y = malloc(sizeof(float) * block * out);
+        if (posix_memalign((void **)&p.wide, 64, sizeof(float) * p.stretch * in)) p.wide = NULL;
     }
+    if (!table || (p.is_bf16 && !(wide_x && wide_y && p.wide))) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (int i = 0; i < 4 * num_groups; i++) table[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(groups, i));
+    if (PyErr_Occurred()) goto done;
     Py_BEGIN_ALLOW_THREADS;
     const int64_t *group = table;
     for (int g = 0; g < num_groups; g++, group += 4) {
@@ -191,27 +204,30 @@ static PyObject *matmul(PyObject *self, PyObject *args) {
         const void *bias = (const void *)(uintptr_t)group[3];
         for (int64_t row = group[0]; row < group[1]; row += block) {
             int rows = group[1] - row < block ? (int)(group[1] - row) : block;
-            size_t from = (size_t)row * in, to = (size_t)row * out, count = (size_t)rows * out;
-            if (!is_bf16) {
+            size_t from = row * in, to = row * out, count = rows * out;
+            if (!p.is_bf16) {
                 float *y = (float *)(uintptr_t)out_address + to;
-                multiply((const float *)(uintptr_t)x_address + from, rows, weight, in, out, y);
+                multiply(&p, (const float *)(uintptr_t)x_address + from, rows, weight, y);
                 if (bias)
                     for (size_t i = 0; i < count; i++) y[i] += ((const float *)bias)[i % out];
                 continue;
             }
             const uint16_t *x = (const uint16_t *)(uintptr_t)x_address + from;
             uint16_t *y = (uint16_t *)(uintptr_t)out_address + to;
-            float *wide_y = wide + (size_t)block * in;
-            for (size_t i = 0; i < (size_t)rows * in; i++) wide[i] = widen(x[i]);
-            multiply(wide, rows, weight, in, out, wide_y);
+            for (size_t i = 0; i < rows * in; i++) wide_x[i] = widen(x[i]);
+            multiply(&p, wide_x, rows, weight, wide_y);
             if (bias)
                 for (size_t i = 0; i < count; i++) wide_y[i] += widen(((const uint16_t *)bias)[i % out]);
             for (size_t i = 0; i < count; i++) y[i] = narrow(wide_y[i]);
         }
     }
     Py_END_ALLOW_THREADS;
-    free(wide);
+done:
     free(table);
+    free(wide_x);
+    free(wide_y);
+    free(p.wide);
+    if (PyErr_Occurred()) return NULL;
     Py_RETURN_NONE;
 }
 

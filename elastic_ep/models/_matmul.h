@@ -68,25 +68,25 @@ INLINE float NAME(sum_lanes)(V8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((
     DEFINE_FEW(3, T, SIZE)                                                                                                          \
     DEFINE_FEW(2, T, SIZE)                                                                                                          \
     DEFINE_FEW(1, T, SIZE)                                                                                                          \
-    TARGET static void NAME(out_in_##T)(const float *x, int rows, const char *w, int in, int out, float *y) {                       \
+    TARGET static void NAME(out_in_##T)(const float *x, int rows, const char *w, int in, int columns, int out, float *y) {          \
         int quads = rows / 4 * 4, rest = rows - quads;                                                                              \
         const float *last = x + (size_t)quads * in;                                                                                 \
-        for (int n = 0; n < out; n += 12) {                                                                                         \
-            int columns = out - n < 12 ? out - n : 12, i = 0;                                                                       \
-            for (; i + 3 <= columns; i += 3) {                                                                                      \
+        for (int n = 0; n < columns; n += 12) {                                                                                     \
+            int width = columns - n < 12 ? columns - n : 12, i = 0;                                                                 \
+            for (; i + 3 <= width; i += 3) {                                                                                        \
                 const char *wn = w + (size_t)(n + i) * in * SIZE;                                                                   \
                 if (quads) NAME(dots4x3_##T)(x, wn, in, out, y + n + i, 1);                                                         \
                 for (int m = 4; m < quads; m += 4)                                                                                  \
                     NAME(dots4x3_##T)(x + (size_t)m * in, wn, in, out, y + (size_t)m * out + n + i, 0);                             \
             }                                                                                                                       \
-            for (; i < columns; i++)                                                                                                \
+            for (; i < width; i++)                                                                                                  \
                 for (int m = 0; m < quads; m += 4)                                                                                  \
                     NAME(dots4x1_##T)(x + (size_t)m * in, w + (size_t)(n + i) * in * SIZE, in, out, y + (size_t)m * out + n + i, 0);\
             const char *wn = w + (size_t)n * in * SIZE;                                                                             \
             float *yn = y + (size_t)quads * out + n;                                                                                \
-            if (rest == 3) NAME(few3_##T)(last, wn, in, out, columns, yn, !quads);                                                  \
-            if (rest == 2) NAME(few2_##T)(last, wn, in, out, columns, yn, !quads);                                                  \
-            if (rest == 1) NAME(few1_##T)(last, wn, in, out, columns, yn, !quads);                                                  \
+            if (rest == 3) NAME(few3_##T)(last, wn, in, out, width, yn, !quads);                                                    \
+            if (rest == 2) NAME(few2_##T)(last, wn, in, out, width, yn, !quads);                                                    \
+            if (rest == 1) NAME(few1_##T)(last, wn, in, out, width, yn, !quads);                                                    \
         }                                                                                                                           \
     }
 DEFINE_OUT_IN(f32, 4)
@@ -131,7 +131,22 @@ DEFINE_OUT_IN(bf16, 2)
 DEFINE_IN_OUT(f32, 4)
 DEFINE_IN_OUT(bf16, 2)
 
-static const matmul_fn NAME(matmuls)[2][2] = {{NAME(out_in_f32), NAME(out_in_bf16)}, {NAME(in_out_f32), NAME(in_out_bf16)}};
+TARGET static void NAME(multiply)(const struct product *p, const float *x, int rows, const char *weight, float *y) {
+    const int in = p->in, out = p->out;
+    if (p->is_in_out) {
+        if (p->is_bf16) NAME(in_out_bf16)(x, rows, weight, in, out, y);
+        else NAME(in_out_f32)(x, rows, weight, in, out, y);
+    } else if (!p->is_bf16) NAME(out_in_f32)(x, rows, weight, in, out, out, y);
+    else if (rows < WIDEN_ROWS) NAME(out_in_bf16)(x, rows, weight, in, out, out, y);
+    else /* many rows: widening a stretch of the weight once is cheaper than in every product; the numbers are the same */
+        for (int n = 0; n < out; n += p->stretch) {
+            int columns = out - n < p->stretch ? out - n : p->stretch;
+            size_t count = (size_t)columns * in, from = (size_t)n * in, i = 0;
+            for (; i + 8 <= count; i += 8) *(V8 *)(p->wide + i) = NAME(load_bf16)(weight, from + i);
+            for (; i < count; i++) p->wide[i] = NAME(tail_bf16)(weight, from + i, 1)[0];
+            NAME(out_in_f32)(x, rows, (const char *)p->wide, in, columns, out, y + n);
+        }
+}
 
 #undef DEFINE_DOTS
 #undef DEFINE_FEW

@@ -20,8 +20,10 @@ INLINE V8 NAME(round_bf16)(V8 x) {
 
 INLINE void NAME(store_some)(void *p, size_t i, int n, V8 x, int is_bf16) {
     if (is_bf16) {
-        I8 bits = (I8)x;
-        for (int j = 0; j < n; j++) ((uint16_t *)p)[i + j] = (uint16_t)((uint32_t)bits[j] >> 16);
+        H8U halves = __builtin_convertvector((U8)x >> 16, H8U);
+        if (n == 8) *(H8U *)((uint16_t *)p + i) = halves;
+        else
+            for (int j = 0; j < n; j++) ((uint16_t *)p)[i + j] = halves[j];
     } else if (n == 8) *(V8U *)((float *)p + i) = x;
     else
         for (int j = 0; j < n; j++) ((float *)p)[i + j] = x[j];
