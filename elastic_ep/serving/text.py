@@ -49,9 +49,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         raise InvalidInputError("this checkpoint has no tokenizer: send the prompt as a list of token ids to /v1/completions")
 
-    def encode_in_thread(self, text: str) -> list[int]:
-        return self.encode(text)
-
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         return self.encode("")  # type: ignore[return-value]  # raises
 
@@ -88,11 +85,10 @@ class TextTokenizer(Tokenizer):
         self._anchor = self._find_anchor()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt, with the tokenizer's own beginning-of-sequence token if it adds one."""
-        return self._tokenizer.encode(text).ids
+        """Ids of a prompt, with the tokenizer's own beginning-of-sequence token if it adds one.
 
-    def encode_in_thread(self, text: str) -> list[int]:
-        """As `encode`, for long texts from a worker thread: the batch call lets other threads run meanwhile, `encode` does not."""
+        Lets other threads run meanwhile: the library's `encode` does not, its batch call does.
+        """
         return self._tokenizer.encode_batch([text])[0].ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:

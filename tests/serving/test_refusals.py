@@ -249,8 +249,19 @@ def test_routes_that_are_not(api: Api, method: str, path: str, status: int) -> N
     assert ("allow" in response.headers) == (status == 405)
 
 
+def test_a_path_cannot_break_the_line(api: Api) -> None:
+    message = refusal(api.get("/a%0Ab%C3%9F" + "x" * 1000), 404)["message"]
+    assert message.startswith("GET /a%0Ab%C3%9Fxxx"), message
+
+
 def test_long_texts_are_tokenized_beside_the_event_loop(tokenizer: TextTokenizer) -> None:
     api = Api(FakeBackend(max_model_len=10_000), tokenizer)
     text = "hello world " * 600
-    api.complete(prompt=text, max_tokens=1)
-    assert list(api.backend.requests[0].prompt_ids) == tokenizer.encode(text)
+    api.complete(prompt=[text, "hello"], max_tokens=1)
+    assert [list(r.prompt_ids) for r in api.backend.requests] == [tokenizer.encode(text), tokenizer.encode("hello")]
+
+
+def test_a_tokenizer_larger_than_the_model(tokenizer: TextTokenizer) -> None:
+    api = Api(FakeBackend(vocab_size=10), tokenizer)
+    assert api.refused(COMPLETIONS, prompt="hello")["message"].startswith("prompt holds token id 323, outside the vocabulary")
+    assert api.refused(CHAT, messages=[{"role": "user", "content": "hello"}])["param"] == "messages"

@@ -20,7 +20,7 @@ def test_models(api: Api) -> None:
     (card,) = api.get("/v1/models").json()["data"]
     assert card == {"id": "tiny", "object": "model", "created": card["created"], "owned_by": "elastic-ep", "max_model_len": 256}
     assert api.get("/v1/models/tiny").json() == card
-    assert refusal(api.get("/v1/models/org/other"), 404)["message"] == "model 'org/other' is not served here; use 'tiny'"
+    assert refusal(api.get("/v1/models/org/other"), 404)["message"] == 'model "org/other" is not served here; use "tiny"'
 
 
 def test_health(api: Api) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -135,9 +136,10 @@ def install_error_handlers(app: FastAPI, count: Callable[[int], None]) -> None:
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        path = _short(quote(request.scope["path"]))
         reason = {
-            404: f"{request.method} {request.url.path} is not served here; GET /openapi.json lists what is",
-            405: f"{request.method} is not allowed on {request.url.path}; GET /openapi.json lists the methods",
+            404: f"{request.method} {path} is not served here; GET /openapi.json lists what is",
+            405: f"{request.method} is not allowed on {path}; GET /openapi.json lists the methods",
         }.get(error.status_code, str(error.detail))
         code = {404: "unknown_path", 405: "method_not_allowed"}.get(error.status_code)
         headers = dict(error.headers) if error.headers else None

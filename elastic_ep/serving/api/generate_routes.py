@@ -21,7 +21,7 @@ from elastic_ep.serving.backend import Backend
 from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.text import Tokenizer
 
-MAX_BODY_BYTES = 32 * 1024 * 1024
+MAX_BODY_BYTES = 16 * 1024 * 1024
 
 
 def router(backend: Backend, tokenizer: Tokenizer, metrics: Metrics) -> APIRouter:

@@ -6,8 +6,9 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from elastic_ep.brain.messages import SamplingParams
 from elastic_ep.core.errors import InvalidInputError
@@ -33,7 +34,6 @@ class Plan:
     Attributes:
         requests: one per choice; choice `index` is prompt index * n + i.
         prompts: token ids of each prompt.
-        n: choices per prompt.
         num_logprobs: None tells none.
         with_token_ids: tell the ids, too; always so for a checkpoint without a tokenizer.
     """
@@ -43,7 +43,6 @@ class Plan:
     model: str
     requests: tuple[GenerationRequest, ...]
     prompts: tuple[tuple[int, ...], ...]
-    n: int
     stops: tuple[str, ...]
     stream: bool
     include_usage: bool
@@ -69,18 +68,14 @@ def choice_seed(seed: int, i: int) -> int:
 async def plan_completion(body: CompletionRequest, backend: Backend, tokenizer: Tokenizer) -> Plan:
     """Raises ApiError or InvalidInputError naming what cannot be served."""
     _check_common(body, backend, tokenizer)
-    max_tokens = body.max_tokens
-    prompts, lengths = [], []
-    texts = _split_prompts(body.prompt)
-    num_choices = len(texts) * (body.n or 1)
+    texts, ids = _split_prompts(body.prompt)
+    num_prompts = len(texts) + len(ids)
+    num_choices = num_prompts * (body.n or 1)
     if num_choices > MAX_CHOICES_AT_ONCE:
-        what = f"{len(texts)} prompts with n {body.n or 1} ask for {num_choices} choices"
+        what = f"{num_prompts} prompts with n {body.n or 1} ask for {num_choices} choices"
         raise bad_request(f"{what}; ask for at most {MAX_CHOICES_AT_ONCE} at once", "prompt")
-    for prompt in texts:
-        ids = await _encode(tokenizer, prompt, backend, "prompt") if isinstance(prompt, str) else prompt
-        _check_ids(ids, backend.vocab_size)
-        prompts.append(tuple(ids))
-        lengths.append(_length(len(ids), max_tokens, DEFAULT_COMPLETION_TOKENS, backend, "prompt"))
+    prompts = await _encode(tokenizer.encode, texts, backend, "prompt") if texts else list(map(tuple, ids))
+    lengths = [_length(prompt, body.max_tokens, DEFAULT_COMPLETION_TOKENS, backend, "prompt") for prompt in prompts]
     return _plan("cmpl-", body, backend, tokenizer, prompts, lengths, body.logprobs)
 
 
@@ -96,13 +91,11 @@ async def plan_chat(body: ChatCompletionRequest, backend: Backend, tokenizer: To
         text = tokenizer.render_chat(messages, body.chat_template_kwargs or {})
     except InvalidInputError as error:
         raise bad_request(str(error), "messages") from None
-    ids = await _encode(tokenizer, text, backend, "messages")
-    if not ids:
-        raise bad_request("messages give an empty prompt; give at least one token", "messages")
+    prompts = await _encode(tokenizer.encode_chat, [text], backend, "messages")
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    length = _length(len(ids), max_tokens, backend.max_model_len, backend, "messages")
+    lengths = [_length(ids, max_tokens, backend.max_model_len, backend, "messages") for ids in prompts]
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _plan("chatcmpl-", body, backend, tokenizer, [tuple(ids)], [length], num_logprobs)
+    return _plan("chatcmpl-", body, backend, tokenizer, prompts, lengths, num_logprobs)
 
 
 def _plan(
@@ -134,7 +127,6 @@ def _plan(
         model=backend.model_name,
         requests=tuple(requests),
         prompts=tuple(prompts),
-        n=n,
         stops=tuple(body.stop),
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
@@ -153,36 +145,38 @@ def _check_common(body: GenerationBody, backend: Backend, tokenizer: Tokenizer) 
         raise bad_request(f"stop {shown(body.stop)} needs text, but this checkpoint has no tokenizer; remove it", "stop")
 
 
-def _split_prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
-    if isinstance(prompt, str) or isinstance(prompt[0], int):
-        return [prompt]
-    return prompt
+def _split_prompts(prompt: Any) -> tuple[list[str], list[list[int]]]:
+    """The prompts of a checked `prompt` as (texts, lists of ids); one of them is empty."""
+    several = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+    return (several, []) if isinstance(several[0], str) else ([], several)
 
 
-async def _encode(tokenizer: Tokenizer, text: str, backend: Backend, param: str) -> Sequence[int]:
-    """Ids of a prompt; a long one in a thread, so that the event loop goes on."""
-    encode = tokenizer.encode if param == "prompt" else tokenizer.encode_chat
+async def _encode(encode: Callable[[str], list[int]], texts: Sequence[str], backend: Backend, param: str) -> list[tuple[int, ...]]:
+    """Ids of prompts; long ones in a thread, so that the event loop goes on."""
     limit = backend.max_model_len * MAX_CHARS_PER_TOKEN
-    if len(text) > limit:
-        raise _too_long(f"a prompt of {len(text)} characters is longer than", backend, param, "shorten it")
+    longest = max(map(len, texts))
+    if longest > limit:
+        raise _too_long(f"a prompt of {longest} characters is longer than", backend, param, "shorten it")
+
+    def encode_all() -> list[tuple[int, ...]]:
+        return [tuple(encode(text)) for text in texts]
+
     try:
-        ids = await asyncio.to_thread(encode, text) if len(text) > LONG_TEXT_CHARS else encode(text)
+        prompts = await asyncio.to_thread(encode_all) if sum(map(len, texts)) > LONG_TEXT_CHARS else encode_all()
     except InvalidInputError as error:
         raise bad_request(str(error), param) from None
-    if not ids:
-        raise bad_request(f"{param} {shown(text)} has no tokens; give at least one", param)
-    return ids
+    if not all(prompts):
+        raise bad_request(f"{param} gives a prompt without tokens; give at least one", param)
+    return prompts
 
 
-def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+def _length(ids: Sequence[int], max_tokens: int | None, default: int, backend: Backend, param: str) -> int:
+    """How many tokens to generate at most: what was asked for, or the default as far as the context reaches. Checks the ids, too."""
     low, high = min(ids), max(ids)
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise bad_request(f"prompt holds token id {shown(wrong)}, outside the vocabulary; use ids from 0 to {vocab_size - 1}", "prompt")
-
-
-def _length(num_prompt_tokens: int, max_tokens: int | None, default: int, backend: Backend, param: str) -> int:
-    """How many tokens to generate at most: what was asked for, or the default as far as the context reaches."""
+    if low < 0 or high >= backend.vocab_size:
+        wrong, limit = low if low < 0 else high, backend.vocab_size - 1
+        raise bad_request(f"{param} holds token id {shown(wrong)}, outside the vocabulary; use ids from 0 to {limit}", param)
+    num_prompt_tokens = len(ids)
     room = backend.max_model_len - num_prompt_tokens
     if room < 1:
         raise _too_long(f"a prompt of {num_prompt_tokens} tokens leaves no room in", backend, param, f"shorten it by at least {1 - room}")

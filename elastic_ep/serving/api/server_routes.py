@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from elastic_ep.serving.api.answers import encode, sse
-from elastic_ep.serving.api.errors import ApiError
+from elastic_ep.serving.api.errors import ApiError, shown
 from elastic_ep.serving.api.openapi import describe
 from elastic_ep.serving.api.responses import Health, ModelCard, ModelList, Status
 from elastic_ep.serving.api.streaming import EventStreamResponse
@@ -36,7 +36,7 @@ def router(backend: Backend, metrics: Metrics) -> APIRouter:
     async def get_model(model: str) -> Response:
         """The served model, if that is its name."""
         if model != backend.model_name:
-            message = f"model {model!a} is not served here; use {backend.model_name!a}"
+            message = f"model {shown(model)} is not served here; use {shown(backend.model_name)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return _json(card().model_dump())
 
