@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from transformers import (
     PretrainedConfig,
     Qwen3MoeConfig,
 )
+
+from elastic_ep.models.families import FAMILIES as TABLE
+from elastic_ep.models.families import ExpertShape, get
+from elastic_ep.runtime.weights.headers import ITEM_BYTES
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss")
 _SIZES = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -104,4 +109,32 @@ def save_checkpoint(folder: Path, config: PretrainedConfig, dtype: str = "float3
         parent, leaf = name.rpartition(".")[::2]
         setattr(model.get_submodule(parent), leaf, buffer)
     model.save_pretrained(folder, **save)
+    return folder
+
+
+def save_sparse(folder: Path, config: PretrainedConfig, dtype: str = "F32") -> Path:
+    """A checkpoint of zeros as large as the config says, that takes no time and no disk: the file is a header and a hole."""
+    folder.mkdir(parents=True)
+    config.architectures = [family.architecture for family in TABLE if family.model_type == config.model_type]
+    config.save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    family = next(family for family in TABLE if family.model_type == config.model_type)
+    shapes = family.dense(raw)
+    expert = ExpertShape(raw["hidden_size"], get(raw, *family.intermediate_keys), get(raw, *family.num_experts_keys))
+    for layer in family.moe_layers(raw):
+        for tensor in family.expert_tensors(expert):
+            if "{expert}" not in tensor.name:
+                shapes[tensor.name.format(layer=layer)] = (expert.num_experts, *tensor.shape)
+                continue
+            for e in range(expert.num_experts):
+                shapes[tensor.name.format(layer=layer, expert=e)] = tensor.shape
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    encoded = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + at)
     return folder

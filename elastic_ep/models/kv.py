@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.models.families import KVShape
 from elastic_ep.models.kernels import kernels
+from elastic_ep.runtime.weights.base import zeroed
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PagedKV:
         self._head_stride = (shape.key_dim + self._padded_value_dim) * self.page_tokens
         self._layer_stride = self._head_stride * shape.num_heads
         self._page_stride = self._layer_stride * num_layers
-        self._pool = torch.zeros(self.num_pages * self._page_stride, dtype=torch.float32)
+        self._pool = zeroed(self.num_pages * self._page_stride * 4).view(torch.float32)
         self._free = list(range(self.num_pages - 1, -1, -1))
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}

@@ -10,7 +10,7 @@ import torch
 from elastic_ep.core.errors import CheckpointError, InvalidInputError
 from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
-from elastic_ep.runtime.weights.base import ExpertSource, SlotLayout, digest_of
+from elastic_ep.runtime.weights.base import ExpertSource, SlotLayout, digest_of, zeroed
 
 
 class ExpertWeights(NamedTuple):
@@ -44,7 +44,7 @@ class ExpertSlots:
         self._source = source
         self._is_transposed = is_transposed
         self._num_spare = num_spare
-        self._memory = [torch.zeros(num_slots, layout.num_bytes, dtype=torch.uint8) for _ in range(num_layers)]
+        self._memory = [zeroed(num_slots * layout.num_bytes).view(num_slots, layout.num_bytes) for _ in range(num_layers)]
         self._weights = [[self._as_weights(memory[slot]) for slot in range(num_slots)] for memory in self._memory]
         self._held: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self._resident: list[dict[int, ExpertWeights]] = [{} for _ in range(num_layers)]
@@ -80,7 +80,7 @@ class ExpertSlots:
         if len(self._spare) >= self._num_spare:
             memory, weights = self._spare.popitem(last=False)[1]
         else:
-            memory = torch.zeros(self._layout.num_bytes, dtype=torch.uint8)
+            memory = zeroed(self._layout.num_bytes)
             weights = self._as_weights(memory)
         self._source.read(layer, expert, memory)
         self._verify(layer, expert, memory)

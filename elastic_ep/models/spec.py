@@ -30,7 +30,7 @@ class ModelSpec:
         dtype: of the expert tensors, "float32", "bfloat16" or "float16".
         expert_bytes, dense_bytes: as stored: one expert, and everything that is not a routed expert.
         tensors: where each needed tensor lies.
-        config: config.json.
+        config: config.json without its nulls.
     """
 
     directory: Path
@@ -81,6 +81,8 @@ def inspect_checkpoint(directory: str | Path) -> ModelSpec:
         top_k, vocab, positions = config["num_experts_per_tok"], config["vocab_size"], config["max_position_embeddings"]
     except KeyError as error:
         raise CheckpointError(f"{folder / 'config.json'} lacks {error.args[0]!r}; use the one that save_pretrained wrote") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} holds a value of the wrong kind ({error}); download it again") from error
     if not moe_layers:
         raise InvalidInputError(f"{folder} has no layer with routed experts; serve it with a dense engine")
     entries = read_headers(folder)
@@ -122,7 +124,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error}; download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")
-    return config
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def _family_of(config: Mapping[str, Any], folder: Path) -> Family:

@@ -7,6 +7,7 @@ backup all see the same bytes.
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -78,6 +79,11 @@ class ExpertSource(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def zeroed(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes] of zeros, page-aligned. The system gives each page when it is first written, not before."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, num_bytes)), dtype=torch.uint8)[:num_bytes]
 
 
 def digest_of(slot: torch.Tensor) -> int:

@@ -77,10 +77,8 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
         weight_map = json.loads(index_path.read_text())["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index_path} is damaged ({error}); download it again") from error
-    entries: dict[str, TensorEntry] = {}
-    for name in sorted(set(weight_map.values())):
-        entries.update(read_header(directory / name))
-    absent = next((name for name in weight_map if name not in entries), None)
+    headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    absent = next((name for name, file in weight_map.items() if name not in headers[file]), None)
     if absent is not None:
         raise CheckpointError(f"{absent} is not in {directory / weight_map[absent]} where {INDEX_NAME} puts it; download the file again")
-    return entries
+    return {name: headers[file][name] for name, file in weight_map.items()}
