@@ -100,6 +100,7 @@ class Brain:
         self.steps_run = 0
         self.tokens_committed = 0
         self.stopping = False
+        self._stopped = False
         self._boot_deadline: float | None = now + settings.boot_timeout_s
         self._fence_deadline: float | None = None
         self._release: dict[int, list[int]] = {rank: [] for rank in range(ep_size)}
@@ -159,6 +160,10 @@ class Brain:
         if len(self.requests.waiting) >= self.settings.max_waiting:
             return "queue_full", f"{len(self.requests.waiting)} requests are waiting, the limit is {self.settings.max_waiting}"
         return None
+
+    def expects(self, rank: int, incarnation: int) -> bool:
+        """Whether a process that names itself so may still become, or is, a member."""
+        return 0 <= rank < len(self.seats) and self._seat(rank, incarnation) is not None
 
     # ---- ranks come and go
 
@@ -502,9 +507,9 @@ class Brain:
             self._stop("")
 
     def _stop(self, error: str) -> None:
-        if any(isinstance(command, Stopped) for command in self._out):
+        if self._stopped:
             return
-        self.stopping = True
+        self._stopped = self.stopping = True
         if error:
             self._abort_all(error)
         for seat in self.seats:

@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help="kill ranks of a live server and watch the streams go on",
-        description=f"Makes a Mixture-of-Experts checkpoint of about 100 M random parameters (once), serves it with {EP_SIZE} ranks, streams "
+        description=f"Makes a Mixture-of-Experts checkpoint of about 100 M parameters (once), serves it with {EP_SIZE} ranks, streams "
         f"{NUM_REQUESTS} requests without faults, then the same requests while two ranks are killed, one of them during the first "
         "recovery, and a third is stopped. Exit status 1 if any client lost, doubled or changed a token.",
     )

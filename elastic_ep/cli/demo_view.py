@@ -89,7 +89,8 @@ class DemoView:
             f"{report['requests']} streams, {report['tokens_received']} of {report['tokens_expected']} tokens: {same} the fault-free run; "
             f"{report['lost_tokens']} lost, {report['duplicated_tokens']} duplicated, {report['failed_requests']} requests failed"
         )
-        self.line(f"token to token: {report['steady_itl_ms']:.1f} ms (median, no faults); longest gap with faults {report['longest_gap_ms']:.0f} ms")
+        steady, longest = report["steady_itl_ms"], report["longest_gap_ms"]
+        self.line(f"token to token: {steady:.1f} ms (median, no faults); longest gap with faults {longest:.0f} ms")
 
 
 def recovery_table(recoveries: list[dict[str, Any]]) -> Table:

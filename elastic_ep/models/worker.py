@@ -13,8 +13,9 @@ import torch
 
 from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
-from elastic_ep.runtime.faults import Fault, FaultAction, FaultPlan
-from elastic_ep.runtime.rank import RankConfig, run
+from elastic_ep.runtime.faults import FaultPlan, parse_fault
+from elastic_ep.runtime.rank import run
+from elastic_ep.runtime.rank_config import RankConfig
 
 
 def preload(checkpoint: str) -> None:
@@ -26,10 +27,10 @@ def preload(checkpoint: str) -> None:
 def rank_main(config: dict[str, Any]) -> int:
     """Be a rank. `config` holds the fields of RankConfig under "rank", of the engine under "engine", and a list of faults."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.basicConfig(level=config.get("log_level", "WARNING"), format=f"%(asctime)s rank {config['rank']['rank']} %(levelname)s %(message)s")
+    logging.basicConfig(level=config["log_level"], format=f"%(asctime)s rank {config['rank']['rank']} %(levelname)s %(message)s")
     torch.set_num_threads(1)
     rank = RankConfig(**config["rank"])
-    faults = [Fault(f["point"], FaultAction(f["action"]), f.get("nth", 1)) for f in config.get("faults", [])]
+    faults = [parse_fault(**fault) for fault in config["faults"]]
     return run(
         rank,
         make_engine=lambda: ElasticEngine(**config["engine"]),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from elastic_ep.core.errors import InvalidInputError
 
-POINTS = ("dense_loaded", "install_begin", "load_expert", "install_end", "step_begin", "step_end", "moe_layer")
+POINTS = ("dense_loaded", "install_begin", "load_expert", "install_end", "step_begin", "step_end")
 
 
 class FaultAction(enum.Enum):
@@ -38,6 +38,13 @@ class Fault:
     def __post_init__(self) -> None:
         if self.point not in POINTS:
             raise InvalidInputError(f"unknown fault point {self.point!r}; known: {', '.join(POINTS)}")
+
+
+def parse_fault(point: str, action: str, nth: int) -> Fault:
+    """From text. Raises InvalidInputError naming what is known."""
+    if action not in (a.value for a in FaultAction):
+        raise InvalidInputError(f"unknown fault action {action!r}; known: {', '.join(a.value for a in FaultAction)}")
+    return Fault(point, FaultAction(action), nth)
 
 
 class FaultPlan:

@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,31 +41,12 @@ from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
 from elastic_ep.runtime.engine import Engine, SlotLoad
 from elastic_ep.runtime.faults import FaultPlan
+from elastic_ep.runtime.rank_config import RankConfig
 
 log = logging.getLogger(__name__)
 
 EXIT_CONTROLLER_GONE = 3
 EXIT_FATAL = 4
-
-
-@dataclass(frozen=True)
-class RankConfig:
-    """Where a rank finds its controller and how it introduces itself. Times in seconds.
-
-    Attributes:
-        controller: address of the controller's control listener.
-        listen: address where peers dial this process; unique to the incarnation.
-        exchange_timeout_s: how long dispatch and combine wait for a peer.
-    """
-
-    rank: int
-    incarnation: int
-    controller: str
-    listen: str
-    token: str
-    exchange_timeout_s: float
-    heartbeat_interval_s: float = 0.1
-    connect_timeout_s: float = 10.0
 
 
 class ControlChannel:

@@ -12,6 +12,17 @@ from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.topology import Topology
 from elastic_ep.models.kernels import kernels
 from elastic_ep.models.spec import ModelSpec
+from elastic_ep.runtime.faults import parse_fault
+
+_FLAGS = {
+    "kv_tokens": "--kv-tokens",
+    "max_sequences": "--max-num-seqs",
+    "max_batch_tokens": "--max-num-batched-tokens",
+    "prefill_chunk": "--prefill-chunk",
+    "max_waiting": "--max-waiting",
+    "step_timeout_s": "--step-timeout",
+    "heartbeat_timeout_s": "--heartbeat-timeout",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,25 @@ class ServeConfig:
     detect: bool = True
     log_level: str = "WARNING"
     faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least_one = ("kv_tokens", "max_sequences", "max_batch_tokens", "prefill_chunk", "max_waiting")
+        for name, value in ((name, getattr(self, name)) for name in at_least_one):
+            if value < 1:
+                raise InvalidInputError(f"{_FLAGS[name]} is {value}; give at least 1")
+        for name, value in ((name, getattr(self, name)) for name in ("step_timeout_s", "heartbeat_timeout_s")):
+            if not 0 < value < float("inf"):
+                raise InvalidInputError(f"{_FLAGS[name]} is {value:g}; give seconds above 0")
+        if self.max_sequences > self.max_batch_tokens:
+            raise InvalidInputError(
+                f"--max-num-batched-tokens is {self.max_batch_tokens}, less than the {self.max_sequences} sequences that may decode "
+                f"on a rank at once; give at least {self.max_sequences}, or a lower --max-num-seqs"
+            )
+        for rank, faults in self.faults.items():
+            if rank >= self.ep_size:
+                raise InvalidInputError(f"--fault names rank {rank}, --ep-size is {self.ep_size}; ranks are 0 to {self.ep_size - 1}")
+            for fault in faults:
+                parse_fault(**fault)
 
     def topology(self, num_experts: int) -> Topology:
         """Slots evenly over the ranks: E + redundant, rounded up to a multiple of the ranks."""

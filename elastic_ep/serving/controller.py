@@ -7,6 +7,7 @@ import logging
 import secrets
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess
-from elastic_ep.runtime.rank import RankConfig
+from elastic_ep.runtime.rank_config import RankConfig
 from elastic_ep.serving.backend import GenerationRequest, QueueFull, TokenEvent, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
@@ -54,7 +55,6 @@ class Controller:
         self._token = secrets.token_hex(16)
         self._links: dict[tuple[int, int], RankLink] = {}
         self._processes: dict[tuple[int, int], LocalProcess] = {}
-        self._fencing: set[tuple[int, int]] = set()
         self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
         self._queue: deque[ev.Event] = deque()
         self._draining = False
@@ -78,7 +78,7 @@ class Controller:
         self._run_dir = Path(tempfile.mkdtemp(prefix="elastic-ep-"))
         control = self._run_dir / "control.sock"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
-        self.brain = Brain(self.settings, self._loop.time())
+        self.brain = Brain(self.settings, time.monotonic())
         self._launcher = Launcher(
             "elastic_ep.models.worker:preload", str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost
         )
@@ -142,7 +142,7 @@ class Controller:
         self._draining = True
         try:
             while self._queue:
-                for command in self.brain.handle(self._queue.popleft(), self._loop.time()):
+                for command in self.brain.handle(self._queue.popleft(), time.monotonic()):
                     self._execute(command)
         finally:
             self._draining = False
@@ -154,12 +154,12 @@ class Controller:
             return  # an earlier timer fires, finds nothing due and sets the next: cheaper than one cancel per event
         if self._timer:
             self._timer.cancel()
-        self._timer, self._timer_at = self._loop.call_at(due, self._on_timer), due
+        self._timer, self._timer_at = self._loop.call_later(max(0.0, due - time.monotonic()), self._on_timer), due
 
     def _on_timer(self) -> None:
         self._timer = self._timer_at = None
         due = self.brain.next_deadline()
-        if due is not None and due <= self._loop.time():
+        if due is not None and due <= time.monotonic():
             self._feed(ev.TimePassed())
         else:
             self._set_timer()
@@ -202,8 +202,8 @@ class Controller:
 
     def _on_hello(self, link: RankLink, hello: Hello) -> None:
         key = (hello.rank, hello.incarnation)
-        if not 0 <= hello.rank < self.config.ep_size or key in self._links:
-            link.close()
+        if key in self._links or not self.brain.expects(*key):
+            link.close()  # a second one, or one given up before it spoke: with its channel closed the process ends itself
             return
         self._links[key] = link
         self._feed(ev.RankConnected(hello))
@@ -241,26 +241,20 @@ class Controller:
         if link is not None:
             link.close()
         self._loop.call_later(EXIT_GRACE_S, self._fail, rank, incarnation, FailureCause.EXITED, "")
-        if (rank, incarnation) in self._fencing:
-            self._fenced(rank, incarnation)
 
     def _on_launcher_lost(self) -> None:
         if not self.stopped.is_set():
             log.error("the launcher process ended; running ranks go on, stops are now noticed by heartbeat alone")
 
     def _fence(self, rank: int, incarnation: int) -> None:
+        """Cut its channel and kill it. A process with SIGKILL pending runs no more of its program, and what it sent before carries its
+        old epoch; its memory may take the kernel a while, which nobody has to wait for."""
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
         process = self._processes.get((rank, incarnation))
-        self._fencing.add((rank, incarnation))
-        if process is None or process.has_exited:
-            self._fenced(rank, incarnation)
-        else:
+        if process is not None:
             process.kill()
-
-    def _fenced(self, rank: int, incarnation: int) -> None:
-        self._fencing.discard((rank, incarnation))
         self._feed(ev.RankFenced(rank, incarnation))
 
     def _probe(self, rank: int, incarnation: int) -> None:

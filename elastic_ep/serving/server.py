@@ -69,7 +69,9 @@ def serve(config: ServeConfig, host: str, port: int, shutdown_timeout_s: float, 
         return uvloop.run(_serve(config, spec, sock, host, shutdown_timeout_s, announce))
 
 
-async def _serve(config: ServeConfig, spec: ModelSpec, sock: socket.socket, host: str, shutdown_timeout_s: float, announce: Announce) -> int:
+async def _serve(
+    config: ServeConfig, spec: ModelSpec, sock: socket.socket, host: str, shutdown_timeout_s: float, announce: Announce
+) -> int:
     metrics = Metrics()
     async with Controller(config, spec, metrics) as controller:
         app = create_app(controller, load_tokenizer(Path(config.checkpoint)), metrics)

@@ -37,8 +37,8 @@ def parse_address(address: str) -> Endpoint:
             )
         return Endpoint(socket.AF_UNIX, "\0" + rest[1:] if rest.startswith("@") else rest)
     host, _, port = rest.rpartition(":")
+    host = host.strip("[]")
     if scheme == "tcp" and host not in _WILDCARDS and port.isdecimal() and int(port) < 65536:
-        host = host.strip("[]")
         return Endpoint(socket.AF_INET6 if ":" in host else socket.AF_INET, (host, int(port)))
     raise InvalidInputError(
         f"{address!r} is no address that peers can dial; give unix:/path, unix:@name or tcp:HOST:PORT with this host's own name or address"

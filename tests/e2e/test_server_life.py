@@ -1,0 +1,186 @@
+"""A server's life around the streams: bad input, too few slots, clients that leave, stopping, and no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from elastic_ep.testing.server import ServerProcess, rank_processes
+
+
+def elastic_ep(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "elastic_ep.cli.main", *arguments], capture_output=True, text=True, timeout=60)
+
+
+def post(url: str, body: dict, timeout_s: float = 30.0) -> dict:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        return json.load(answer)
+
+
+def wait_gone(pids: list[int], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while rank_processes(pids):
+        assert time.monotonic() < deadline, f"still running: {rank_processes(pids)}"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def broken(checkpoint, tmp_path_factory):
+    """name -> a checkpoint that cannot be served."""
+    root = tmp_path_factory.mktemp("broken")
+    good = checkpoint("qwen3_moe")
+    folders = {name: root / name for name in ("truncated", "unsupported", "no_config", "mis_shaped")}
+    for folder in folders.values():
+        folder.mkdir()
+        for file in good.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = folders["truncated"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    config = json.loads((good / "config.json").read_text())
+    (folders["unsupported"] / "config.json").write_text(json.dumps(config | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folders["no_config"] / "config.json").unlink()
+    (folders["mis_shaped"] / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 48}))
+    return folders
+
+
+@pytest.mark.parametrize("name", ["truncated", "unsupported", "no_config", "mis_shaped"])
+def test_a_bad_checkpoint_is_one_line(broken, name):
+    result = elastic_ep("serve", str(broken[name]), "--port", "0")
+    assert result.returncode == 2
+    assert result.stderr.startswith("elastic-ep serve: error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere"], ["/nowhere"]),
+        (["--ep-size", "0"], ["--ep-size is 0", "at least 1"]),
+        (["--ep-size", "9"], ["--ep-size is 9", "8 experts"]),
+        (["--num-redundant-experts", "-1"], ["--num-redundant-experts is -1"]),
+        (["--num-redundant-experts", "99"], ["--num-redundant-experts is 99"]),
+        (["--port", "70000"], ["--port is 70000"]),
+        (["--max-model-len", "4096"], ["--max-model-len is 4096", "512"]),
+        (["--fault", "x"], ["--fault 'x'"]),
+        (["--fault", "0:nowhere:kill"], ["nowhere", "step_begin"]),
+        (["--fault", "0:step_begin:explode"], ["explode", "kill"]),
+        (["--step-timeout", "0"], ["--step-timeout is 0"]),
+        (["--kv-tokens", "0"], ["--kv-tokens is 0"]),
+    ],
+)
+def test_a_bad_argument_names_value_and_cure(checkpoint, arguments, words):
+    folder = [] if arguments[0].startswith("/") else [str(checkpoint("qwen3_moe"))]
+    result = elastic_ep("serve", *folder, *arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_a_taken_port(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", str(port))
+    assert result.returncode == 2
+    assert f"127.0.0.1:{port}" in result.stderr
+    assert "another --port" in result.stderr
+
+
+def test_http_refusals_and_facts(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--served-model-name", "tiny", "--ep-size", "2") as server:
+        pids = [server.rank_pid(rank) for rank in range(2)]
+
+        def status_of(body: dict | bytes) -> tuple[int, str]:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            request = urllib.request.Request(f"{server.url}/v1/completions", data, {"Content-Type": "application/json"})
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(request, timeout=10)
+            with caught.value as error:
+                return error.code, json.load(error)["error"]["message"]
+
+        assert status_of(b"{")[0] == 400
+        assert status_of({"model": "other", "prompt": [1]})[0] == 404
+        code, message = status_of({"model": "tiny", "prompt": [1] * 600})
+        assert code == 400
+        assert "600" in message
+        assert "512" in message
+        assert status_of({"model": "tiny", "prompt": [9999]})[0] == 400
+        with urllib.request.urlopen(f"{server.url}/health", timeout=10) as answer:
+            assert answer.status == 200
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
+            assert b"elastic_ep_active_ranks 2.0" in answer.read()
+        assert server.stop() == 0
+        assert "Traceback" not in server.stderr
+    wait_gone(pids, 5.0)
+
+
+def test_refuse_when_short(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2", "--when-short", "refuse") as server:
+        server.signal_rank(1)
+        server.wait_status(lambda status: status["phase"] == "refusing")
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            post(f"{server.url}/v1/completions", {"model": server.facts["model"], "prompt": [1]})
+        with caught.value as error:
+            assert error.code == 503
+            assert "4 live slots cannot hold 8 experts: 4 missing" in json.load(error)["error"]["message"]
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{server.url}/health", timeout=10)
+        caught.value.close()
+        assert caught.value.code == 503
+
+
+def test_the_last_rank_ends_the_server_with_its_reason(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe")) as server:
+        server.signal_rank(0)
+        server.process.wait(10)
+        assert server.stop() == 1
+        assert "no rank is left alive; the last, rank 0, failed: exited: signal SIGKILL" in server.stderr
+
+
+def test_ranks_end_when_the_controller_is_killed(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "3") as server:
+        pids = [server.rank_pid(rank) for rank in range(3)]
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_gone(pids, 5.0)
+
+
+def test_ranks_that_cannot_start_end_the_server(checkpoint):
+    faults = [word for rank in range(2) for word in ("--fault", f"{rank}:dense_loaded:kill:1")]
+    result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0", "--ep-size", "2", *faults)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("elastic-ep serve: error: no rank is left alive")
+
+
+def test_a_client_that_leaves_frees_its_place(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
+        body = json.dumps({"model": server.facts["model"], "prompt": [1], "max_tokens": 500, "stream": True, "ignore_eos": True}).encode()
+        request = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            answer.readline()
+        status = server.wait_status(lambda status: status["requests"]["cancelled"] == 1)
+        assert status["requests"]["running"] == 0
+
+
+def test_sigterm_finishes_what_runs(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
+        answers = []
+        body = {"model": server.facts["model"], "prompt": [1], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+        thread = threading.Thread(target=lambda: answers.append(post(f"{server.url}/v1/completions", body | {"return_token_ids": True})))
+        thread.start()
+        server.wait_status(lambda status: status["tokens_committed"] > 10)
+        assert server.stop() == 0
+        thread.join(10)
+        assert len(answers[0]["choices"][0]["token_ids"]) == 300

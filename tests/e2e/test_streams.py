@@ -1,0 +1,147 @@
+"""From outside: OpenAI clients of a real server whose ranks die. Every stream is whole, and its tokens are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from typing import Any
+
+import pytest
+from openai import AsyncOpenAI
+
+from elastic_ep.testing.server import ServerProcess
+from tests.checkpoints import FAMILIES
+from tests.e2e.conftest import COUNT, prompts, reference
+
+async def stream(client: AsyncOpenAI, model: str, prompt: list[int], **parameters: Any) -> list[int]:
+    """All token ids of one streamed completion; the client raises for any error."""
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    chunks = await client.completions.create(
+        model=model, prompt=prompt, max_tokens=COUNT, stream=True, extra_body=extra, **({"temperature": 0} | parameters)
+    )
+    ids: list[int] = []
+    finish = None
+    async for chunk in chunks:
+        ids += chunk.choices[0].token_ids
+        finish = chunk.choices[0].finish_reason or finish
+    assert finish == "length"
+    return ids
+
+
+async def run_streams(server: ServerProcess, all_prompts: list[list[int]], disturb: Any = None, **parameters: Any) -> list[list[int]]:
+    """All prompts at once; `disturb` is awaited beside them."""
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        model = server.facts["model"]
+        streams = [stream(client, model, prompt, **parameters) for prompt in all_prompts]
+        results = await asyncio.gather(*streams, *([disturb] if disturb else []))
+        return results[: len(all_prompts)]
+
+
+async def committed(server: ServerProcess, tokens: int) -> None:
+    while (await asyncio.to_thread(server.status))["tokens_committed"] < tokens:
+        await asyncio.sleep(0.005)
+
+
+async def kill_at_random(server: ServerProcess, ranks: list[int], rng: random.Random, total: int) -> None:
+    """kill -9 each of `ranks` at a random point of the work, rank 0 among them."""
+    start = server.status()["tokens_committed"]
+    for rank, moment in zip(ranks, sorted(rng.randrange(total * 3 // 4) for _ in ranks), strict=True):
+        await committed(server, start + moment)
+        server.signal_rank(rank)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_kills_change_no_token(checkpoint, family):
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    asked = prompts(32)
+    victims = [0, *rng.sample([1, 2, 3], 2)]
+    rng.shuffle(victims)
+    with ServerProcess(checkpoint(family), "--ep-size", "4", "--num-redundant-experts", "2", "--prefill-chunk", "16") as server:
+        undisturbed = asyncio.run(run_streams(server, asked))
+        disturb = kill_at_random(server, victims, rng, len(asked) * COUNT)
+        disturbed = asyncio.run(run_streams(server, asked, disturb))
+        status = server.status()
+    assert disturbed == undisturbed
+    assert status["requests"]["failed"] == 0
+    assert sum(status["active_ranks"]) == 1
+    assert {rank for recovery in status["recoveries"] for rank in recovery["ranks"]} == set(victims)
+    assert undisturbed[:8] == reference(checkpoint(family), 8)
+
+
+def test_sampled_streams_are_the_same_too(checkpoint):
+    asked = prompts(12)
+    parameters = {"temperature": 1.1, "top_p": 0.9, "seed": 99}
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "3") as server:
+        undisturbed = asyncio.run(run_streams(server, asked, **parameters))
+        disturb = kill_at_random(server, [1], random.Random(3), len(asked) * COUNT)
+        assert asyncio.run(run_streams(server, asked, disturb, **parameters)) == undisturbed
+    assert undisturbed[:8] != reference(checkpoint("qwen3_moe"), 8)
+
+
+def test_a_stopped_rank_is_killed_and_replaced(checkpoint):
+    async def stop(server: ServerProcess) -> None:
+        await committed(server, 100)
+        server.signal_rank(2, signal.SIGSTOP)
+
+    asked = prompts(8)
+    with ServerProcess(checkpoint("mixtral"), "--ep-size", "3") as server:
+        disturbed = asyncio.run(run_streams(server, asked, stop(server)))
+        (recovery,) = server.status()["recoveries"]
+        assert (recovery["ranks"], recovery["kind"]) == ([2], "stopped")
+    assert disturbed == reference(checkpoint("mixtral"), 8)
+
+
+FAULTS = {
+    "killed in a step": (["1:step_begin:kill:20"], {1}),
+    "killed between exchange and answer": (["2:step_end:kill:20"], {2}),
+    "killed while a recovery installs": (["1:step_begin:kill:20", "2:install_begin:kill:2"], {1, 2}),
+    "killed after a recovery installed": (["1:step_begin:kill:20", "0:install_end:kill:2"], {1, 0}),
+    "two at once": (["1:step_begin:kill:20", "2:step_begin:kill:20"], {1, 2}),
+    "wedged in a step": (["2:step_begin:wedge:20"], {2}),
+    "wedged after the last exchange": (["0:step_end:wedge:20"], {0}),
+    "wedged while a recovery installs": (["1:step_begin:kill:20", "3:install_begin:wedge:2"], {1, 3}),
+    "its control channel cut": (["3:step_begin:close:20"], {3}),
+    "killed when loaded": (["1:dense_loaded:kill:1"], {1}),
+    "killed in the first install": (["2:install_begin:kill:1"], {2}),
+    "killed by its first expert": (["0:load_expert:kill:1"], {0}),
+    "wedged at start": (["1:install_begin:wedge:1"], {1}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_at_named_points(checkpoint, name):
+    """E = 8 experts on 4 ranks x 3 slots, every second expert twice: recoveries of both tiers."""
+    faults, dead = FAULTS[name]
+    arguments = [word for fault in faults for word in ("--fault", fault)]
+    asked = prompts(8)
+    redundancy = ["--num-redundant-experts", "4", "--step-timeout", "1.5"]
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "4", *redundancy, *arguments) as server:
+        received = asyncio.run(run_streams(server, asked))
+        status = server.status()
+    assert received == reference(checkpoint("qwen3_moe"), 8)
+    assert {rank for rank, active in enumerate(status["active_ranks"]) if not active} == dead
+    assert status["requests"]["failed"] == 0
+    check_phases(status)
+
+
+def test_killed_while_a_recovery_loads(checkpoint):
+    """Whichever rank reads an expert in the recovery dies doing so (its seventh: the first six fill its slots at start)."""
+    faults = [word for rank in range(3) for word in ("--fault", f"{rank}:load_expert:kill:7")]
+    asked = prompts(8)
+    arguments = ("--ep-size", "4", "--num-redundant-experts", "4", "--fault", "3:step_begin:kill:15", *faults)
+    with ServerProcess(checkpoint("qwen3_moe"), *arguments) as server:
+        received = asyncio.run(run_streams(server, asked))
+        status = server.status()
+    assert received == reference(checkpoint("qwen3_moe"), 8)
+    assert status["active_ranks"][3] == 0
+    assert 1 <= sum(status["active_ranks"]) <= 2
+    check_phases(status)
+
+
+def check_phases(status: dict[str, Any]) -> None:
+    for recovery in status["recoveries"]:
+        phases = [recovery[f"{phase}_ms"] for phase in ("detect", "agree", "plan", "move", "resume")]
+        assert sum(phases) == pytest.approx(recovery["stall_ms"], abs=0.01)
