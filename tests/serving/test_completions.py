@@ -9,7 +9,7 @@ from elastic_ep.serving.api.plan import choice_seed
 from elastic_ep.serving.backend import GenerationRequest, TokenEvent
 from elastic_ep.serving.text import TextTokenizer, Tokenizer
 from tests.serving.conftest import COMPLETIONS, Api
-from tests.serving.fakes import FakeBackend
+from tests.serving.fakes import FakeBackend, byte_level
 
 
 def says(tokenizer: TextTokenizer, text: str, *, eos: bool = False) -> list[int]:
@@ -130,6 +130,33 @@ def test_stop_strings_cut_the_text_and_cancel_the_rest(api: Api, tokenizer: Text
     assert tokenizer.encode("the quick brown fox jumps")[: len(choice["token_ids"])] == choice["token_ids"]
     assert answer["usage"]["completion_tokens"] == len(choice["token_ids"])
     assert api.backend.cancelled == [api.backend.requests[0].request_id]
+
+
+def test_an_eos_that_is_an_ordinary_token_is_no_text(tokenizer: TextTokenizer) -> None:
+    hello, fox = tokenizer.encode("hello fox")[0], tokenizer.encode("fox")
+    api = Api(FakeBackend(answer=lambda request: [hello, *fox]), TextTokenizer(byte_level(), eos_ids=frozenset((fox[0],))))
+    (choice,) = api.complete(prompt="x", return_token_ids=True)["choices"]
+    assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == ("hello", [hello, fox[0]], "stop")
+
+
+def test_a_stopped_choice_is_cancelled_while_the_others_go_on(api: Api, tokenizer: TextTokenizer) -> None:
+    backend = api.backend
+    cancelled_at: list[int] = []
+    end = {"-0": "fox", "-1": "dog"}
+
+    def answer(request: GenerationRequest) -> list[int]:
+        return [*tokenizer.encode(end[request.request_id[-2:]] + " hello" * 150)][:100]
+
+    class Watch(list[str]):
+        def append(self, request_id: str) -> None:
+            super().append(request_id)
+            cancelled_at.append(backend.streams[1].position)
+
+    backend.answer, backend.cancelled = answer, Watch()
+    stopped, full = api.complete(prompt="x", n=2, max_tokens=100, stop="fox")["choices"]
+    assert (stopped["finish_reason"], full["finish_reason"]) == ("stop", "length")
+    assert backend.cancelled == [backend.requests[0].request_id]
+    assert cancelled_at[0] < 100
 
 
 def test_a_stop_string_at_the_very_end_counts(api: Api, tokenizer: TextTokenizer) -> None:

@@ -202,12 +202,13 @@ def test_a_client_that_leaves_within_its_request(tokenizer: TextTokenizer, caplo
     assert [r for r in caplog.records if r.name != "httpx"] == []
 
 
-def test_a_client_that_does_not_read_holds_its_stream_back_and_can_leave(tokenizer: TextTokenizer) -> None:
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_client_that_does_not_read_holds_its_stream_back_and_can_leave(tokenizer: TextTokenizer, n: int) -> None:
     async def test(backend: FakeBackend, url: str) -> None:
-        _, writer = await post(url, COMPLETIONS, {"prompt": "hello", "max_tokens": 10**5, "stream": True})
+        _, writer = await post(url, COMPLETIONS, {"prompt": "hello", "max_tokens": 10**5, "stream": True, "n": n})
         while not backend.streams or not backend.streams[0].position:
             await asyncio.sleep(0.001)
-        (stream,) = backend.streams
+        stream = backend.streams[0]
         quiet_turns, last = 0, -1
         while quiet_turns < 200:  # turns of the loop in which the server could have gone on
             quiet_turns, last = (quiet_turns + 1 if stream.position == last else 0), stream.position
