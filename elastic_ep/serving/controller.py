@@ -167,7 +167,7 @@ class Controller:
     def _execute(self, command: ev.Command) -> None:
         match command:
             case ev.Send():
-                link = self._links.get((command.rank, self.brain.seats[command.rank].incarnation))
+                link = self._links.get((command.rank, self.brain.state.seats[command.rank].incarnation))
                 if link is not None:
                     link.send(command.message)
             case ev.EmitToken():
@@ -190,7 +190,7 @@ class Controller:
     def _make_plan(self, command: ev.MakePlan) -> None:
         brain = self.brain
         try:
-            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, brain.contents.experts)
+            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, brain.state.contents.experts)
             self._queue.append(ev.Planned(command.epoch, plan))
         except InsufficientSlotsError as error:
             self._queue.append(ev.Planned(command.epoch, None, str(error)))
@@ -298,7 +298,7 @@ class Controller:
             queue.put_nowait(TokenEvent(command.token, command.index, command.finish, command.error))  # type: ignore[arg-type]
 
     def status(self) -> dict[str, Any]:
-        return status_object(self.brain, {key: process.pid for key, process in self._processes.items()})
+        return status_object(self.brain.state, {key: process.pid for key, process in self._processes.items()})
 
     def events(self) -> AsyncIterator[dict[str, Any]]:
         return self.eventlog.subscribe()
@@ -309,4 +309,4 @@ class Controller:
             return False, "ranks are loading"
         if refusal is not None and refusal[0] == "unavailable":
             return False, refusal[1]
-        return True, self.brain.group.phase.value
+        return True, self.brain.state.group.phase.value

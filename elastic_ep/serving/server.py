@@ -111,7 +111,7 @@ def _stop_on_signals(controller: Controller, timeout_s: float) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        if controller.brain.stopping:
+        if controller.brain.state.stopping:
             controller.stopped.set()
             return
         controller.request_stop()

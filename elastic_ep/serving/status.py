@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from elastic_ep.brain.brain import Brain
+from elastic_ep.brain.state import BrainState
 
 
-def status_object(brain: Brain, pids: Mapping[tuple[int, int], int]) -> dict[str, Any]:
+def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int]) -> dict[str, Any]:
     """A snapshot. `pids` maps (rank, incarnation) to process ids known before the rank's own hello."""
     requests = brain.requests
     running = dict.fromkeys(range(len(brain.seats)), 0)

@@ -76,7 +76,7 @@ class World:
 
     def make_plan(self, command: ev.MakePlan) -> ev.Planned:
         try:
-            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, self.brain.contents.experts)
+            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, self.brain.state.contents.experts)
         except InsufficientSlotsError as error:
             return ev.Planned(command.epoch, None, str(error))
         self.plans.append(plan)
@@ -136,7 +136,7 @@ class World:
             due = self.brain.next_deadline()
             self.now = min(end, max(self.now, due)) if due is not None else end
             if beat:
-                for seat in self.brain.seats:
+                for seat in self.brain.state.seats:
                     if seat.is_alive and seat.rank not in self.mute:
                         self.say(seat.rank, Heartbeat(0))
             due = self.brain.next_deadline()

@@ -29,10 +29,10 @@ def check_all(world: World, count: int = 10) -> None:
 
 def test_boot_installs_every_expert_once_all_ranks_are_ready():
     world = World().boot()
-    assert world.brain.group.phase is Phase.SERVING
-    assert world.brain.membership.epoch == 1
+    assert world.brain.state.group.phase is Phase.SERVING
+    assert world.brain.state.membership.epoch == 1
     assert not world.plans[-1].placement.missing_experts()
-    assert (world.brain.contents.experts == world.plans[-1].placement.physical_to_logical_map).all()
+    assert (world.brain.state.contents.experts == world.plans[-1].placement.physical_to_logical_map).all()
 
 
 def test_requests_are_served_in_chunks_beside_decodes():
@@ -40,8 +40,8 @@ def test_requests_are_served_in_chunks_beside_decodes():
     serve_all(world)
     world.settle()
     check_all(world)
-    assert world.brain.requests.finished == len(PROMPTS)
-    assert world.brain.step is None
+    assert world.brain.state.requests.finished == len(PROMPTS)
+    assert world.brain.state.step is None
 
 
 def test_kv_is_released_on_the_home_rank():
@@ -72,8 +72,8 @@ def test_one_rank_fails_after_any_number_of_answers(cause, after):
     world.kill(after % 4, cause)
     world.settle()
     check_all(world)
-    assert world.brain.requests.failed == 0
-    assert [list(r.ranks) for r in world.brain.recoveries] == [[after % 4]]
+    assert world.brain.state.requests.failed == 0
+    assert [list(r.ranks) for r in world.brain.state.recoveries] == [[after % 4]]
 
 
 def test_failures_until_one_rank_is_left():
@@ -85,7 +85,7 @@ def test_failures_until_one_rank_is_left():
         world.kill(rank)
     world.settle()
     check_all(world, 40)
-    assert world.brain.membership.ranks == (1,)
+    assert world.brain.state.membership.ranks == (1,)
 
 
 def test_second_failure_while_installing_keeps_what_was_loaded():
@@ -93,20 +93,20 @@ def test_second_failure_while_installing_keeps_what_was_loaded():
     serve_all(world)
     world.inbox.clear()
     world.kill(1)
-    assert world.brain.plan.loads
-    before = world.brain.contents.experts.copy()
-    while (world.brain.contents.experts == before).all():
+    assert world.brain.state.plan.loads
+    before = world.brain.state.contents.experts.copy()
+    while (world.brain.state.contents.experts == before).all():
         world.answer()
-    (who,) = {int(slot) // 3 for _, slot in zip(*(world.brain.contents.experts != before).nonzero(), strict=True)}
+    (who,) = {int(slot) // 3 for _, slot in zip(*(world.brain.state.contents.experts != before).nonzero(), strict=True)}
     world.kill(3 if who != 3 else 2)
     orders = [order for rank, m in world.inbox if isinstance(m, Install) and m.epoch == 3 for order in m.loads]
-    held = world.brain.contents.experts
+    held = world.brain.state.contents.experts
     assert not [order for order in orders if held[order.layer, order.slot] == order.expert], "loaded already"
     world.settle()
     check_all(world)
-    record = world.brain.recoveries[-1]
+    record = world.brain.state.recoveries[-1]
     assert record.ranks == [1, 3 if who != 3 else 2]
-    assert world.brain.membership.epoch == 3
+    assert world.brain.state.membership.epoch == 3
 
 
 def test_failure_while_fencing_waits_for_both():
@@ -115,9 +115,9 @@ def test_failure_while_fencing_waits_for_both():
     world.unfenceable = {1, 2}
     world.kill(1)
     world.kill(2)
-    assert world.brain.group.phase is Phase.FENCING
+    assert world.brain.state.group.phase is Phase.FENCING
     world.feed(ev.RankFenced(1, 0))
-    assert world.brain.group.phase is Phase.FENCING
+    assert world.brain.state.group.phase is Phase.FENCING
     world.feed(ev.RankFenced(2, 0))
     world.settle()
     check_all(world)
@@ -129,24 +129,24 @@ def test_a_process_that_cannot_be_killed_is_shut_out_by_its_epoch():
     world.unfenceable = {1}
     world.kill(1)
     world.settle()
-    assert world.brain.group.phase is Phase.FENCING
+    assert world.brain.state.group.phase is Phase.FENCING
     world.pass_time(3.0)
     world.settle()
     check_all(world)
     world.say(1, StepDone(1, 1, (), 1.0))  # it wakes up and speaks: nothing changes
-    assert world.brain.membership.ranks == (0, 2, 3)
+    assert world.brain.state.membership.ranks == (0, 2, 3)
 
 
 def test_a_step_that_saw_a_fault_commits_nothing():
     world = World().boot()
     world.submit("a", [1, 2, 3], 5)
-    first = world.brain.step
+    first = world.brain.state.step
     ranks = [rank for rank, message in world.inbox if isinstance(message, RunStep)]
     for _ in ranks[:-1]:
         world.answer()
     assert world.received["a"] == []
     world.kill(ranks[-1])
-    assert world.brain.step is None
+    assert world.brain.state.step is None
     world.say(ranks[0], StepDone(1, first.number, (), 1.0))
     world.settle()
     assert world.received["a"] == expected([1, 2, 3], 5)
@@ -158,17 +158,17 @@ def test_stale_answers_are_ignored():
     world.say(2, StepFailed(0, 1, {3: "closed"}))
     world.say(2, StepFailed(1, 99, {3: "closed"}))
     world.settle()
-    assert world.brain.membership.epoch == 1
+    assert world.brain.state.membership.epoch == 1
 
 
 def test_peers_accuse_a_rank_that_still_beats():
     world = World().boot()
     serve_all(world)
     world.mute.add(2)
-    step = world.brain.step
+    step = world.brain.state.step
     for rank in (0, 1, 3):
         world.say(rank, StepFailed(1, step.number, {2: "deadline"}))
-    assert world.brain.seats[2].failure.startswith("peers")
+    assert world.brain.state.seats[2].failure.startswith("peers")
     world.settle()
     check_all(world)
 
@@ -177,10 +177,10 @@ def test_one_accusation_waits_for_the_window():
     world = World().boot()
     serve_all(world)
     world.inbox.clear()
-    world.say(0, StepFailed(1, world.brain.step.number, {2: "closed"}))
-    assert world.brain.group.phase is Phase.SERVING
+    world.say(0, StepFailed(1, world.brain.state.step.number, {2: "closed"}))
+    assert world.brain.state.group.phase is Phase.SERVING
     world.pass_time(0.03)
-    assert not world.brain.seats[2].is_alive
+    assert not world.brain.state.seats[2].is_alive
     world.settle()
     check_all(world)
 
@@ -189,12 +189,12 @@ def test_accusation_of_a_dead_rank_is_explained():
     world = World().boot()
     serve_all(world)
     world.inbox.clear()
-    number = world.brain.step.number
+    number = world.brain.state.step.number
     world.kill(2)
     world.say(0, StepFailed(1, number, {2: "closed"}))
     world.settle()
     check_all(world)
-    assert world.brain.membership.ranks == (0, 1, 3)
+    assert world.brain.state.membership.ranks == (0, 1, 3)
 
 
 def test_wedged_after_its_last_exchange():
@@ -203,9 +203,9 @@ def test_wedged_after_its_last_exchange():
     world.wedged.add(1)
     world.settle()
     world.pass_time(9.0)
-    assert world.brain.seats[1].is_alive
+    assert world.brain.state.seats[1].is_alive
     world.pass_time(2.0)
-    assert world.brain.seats[1].failure == "wedged: step 2 not done after 10.0 s"
+    assert world.brain.state.seats[1].failure == "wedged: step 2 not done after 10.0 s"
     world.settle()
     check_all(world)
 
@@ -217,7 +217,7 @@ def test_wedged_while_installing():
     world.kill(0)
     world.settle()
     world.pass_time(11.0)
-    assert world.brain.seats[2].failure.startswith("wedged: install 2 not done")
+    assert world.brain.state.seats[2].failure.startswith("wedged: install 2 not done")
     world.settle()
     check_all(world)
 
@@ -227,7 +227,7 @@ def test_a_group_that_is_slow_as_a_whole_is_given_time():
     world.submit("a", [1], 2)
     held, world.inbox = list(world.inbox), type(world.inbox)()
     world.pass_time(25.0)
-    assert world.brain.membership.epoch == 1
+    assert world.brain.state.membership.epoch == 1
     world.inbox.extend(held)
     world.settle()
     assert world.received["a"] == expected([1], 2)
@@ -238,20 +238,20 @@ def test_silence_is_probed_before_it_is_death():
     world.mute.add(1)
     world.pass_time(1.0)
     assert [c for c in world.commands if isinstance(c, ev.Probe)] == [ev.Probe(1, 0)]
-    assert world.brain.seats[1].is_alive
+    assert world.brain.state.seats[1].is_alive
     world.feed(ev.RankRuns(1, 0))
     world.pass_time(1.0)
     world.feed(ev.RankFailed(1, 0, FailureCause.HEARTBEAT, "silent"))
     world.settle()
-    assert world.brain.membership.ranks == (0, 2, 3)
+    assert world.brain.state.membership.ranks == (0, 2, 3)
 
 
 def test_idle_death_recovers_without_a_step():
     world = World().boot()
     world.kill(0)
     world.settle()
-    assert world.brain.group.phase is Phase.SERVING
-    record = world.brain.recoveries[-1]
+    assert world.brain.state.group.phase is Phase.SERVING
+    record = world.brain.state.recoveries[-1]
     assert record.resumed is not None
     serve_all(world)
     world.settle()
@@ -263,7 +263,7 @@ def test_tier_mask_when_every_expert_has_a_replica():
     world.submit("a", [1], 5)
     world.kill(1)
     world.settle()
-    record = world.brain.recoveries[-1]
+    record = world.brain.state.recoveries[-1]
     assert record.tier is Tier.MASK
     assert record.experts_lost == 0
     assert record.bytes_moved == {"peer": 0, "host": 0, "checkpoint": 0}
@@ -279,7 +279,7 @@ def test_phases_add_up_to_the_stall():
     world.feed(ev.RankFenced(0, 0))
     world.now = 1.5
     world.settle()
-    status = world.brain.recoveries[-1].as_status()
+    status = world.brain.state.recoveries[-1].as_status()
     phases = [status[k] for k in ("detect_ms", "agree_ms", "plan_ms", "move_ms", "resume_ms")]
     assert status["stall_ms"] == pytest.approx(sum(phases))
     assert status["agree_ms"] == pytest.approx(250)
@@ -293,7 +293,7 @@ def test_too_few_slots_streams_the_rest():
     world.kill(1)
     world.settle()
     check_all(world)
-    plan = world.brain.plan
+    plan = world.brain.state.plan
     assert len(plan.streamed) == 2 * (8 - 6)
     assert set(plan.streamed.values()) <= {2, 3}
 
@@ -307,7 +307,7 @@ def test_too_few_slots_refuses_with_the_numbers():
         world.submit(request_id + "b", prompt, 10)
     world.kill(1)
     world.settle()
-    assert world.brain.group.phase is Phase.REFUSING
+    assert world.brain.state.group.phase is Phase.REFUSING
     kind, reason = world.brain.refusal()
     assert kind == "unavailable"
     assert "6 live slots cannot hold 8 experts" in reason
@@ -319,9 +319,10 @@ def test_last_rank_dies():
     world = World(ep_size=1, slots_per_rank=8).boot()
     world.submit("a", [1], 5)
     world.kill(0)
-    assert world.brain.group.phase is Phase.DOWN
+    assert world.brain.state.group.phase is Phase.DOWN
     assert world.finished["a"] == "error"
-    assert isinstance(world.commands[-1], ev.Stopped)
+    (stopped,) = [c for c in world.commands if isinstance(c, ev.Stopped)]
+    assert "rank 0" in stopped.error
 
 
 def test_a_rank_dies_while_starting():
@@ -332,7 +333,7 @@ def test_a_rank_dies_while_starting():
     for rank in (0, 1, 3):
         world.say(rank, DenseLoaded(0, 1.0))
     world.settle()
-    assert world.brain.membership.ranks == (0, 1, 3)
+    assert world.brain.state.membership.ranks == (0, 1, 3)
     serve_all(world)
     world.settle()
     check_all(world)
@@ -352,7 +353,7 @@ def test_a_fatal_error_later_costs_one_rank():
     world.say(1, RankFatal("slot holds another expert"))
     world.settle()
     check_all(world)
-    assert world.brain.membership.ranks == (0, 2, 3)
+    assert world.brain.state.membership.ranks == (0, 2, 3)
 
 
 def test_boot_timeout_goes_on_without_the_missing():
@@ -363,18 +364,18 @@ def test_boot_timeout_goes_on_without_the_missing():
     world.mute.add(3)
     world.pass_time(6.0)
     world.settle()
-    assert world.brain.membership.ranks == (0, 1, 2)
+    assert world.brain.state.membership.ranks == (0, 1, 2)
 
 
 def test_unreachable_peer_during_install():
     world = World().boot()
     serve_all(world)
     world.kill(0)
-    epoch = world.brain.membership.epoch
+    epoch = world.brain.state.membership.epoch
     world.inbox.clear()
     for rank in (1, 2):
         world.say(rank, InstallFailed(epoch, (), {3: "deadline"}, ""))
-    assert not world.brain.seats[3].is_alive
+    assert not world.brain.state.seats[3].is_alive
     world.settle()
     check_all(world)
 
@@ -386,7 +387,7 @@ def test_cancel_releases_and_counts():
         world.answer()
     world.feed(ev.Cancelled("r1"))
     world.settle()
-    assert world.brain.requests.cancelled == 1
+    assert world.brain.state.requests.cancelled == 1
     assert "r1" not in world.finished
     assert world.received["r2"] == expected(PROMPTS["r2"], 50)
 
@@ -397,7 +398,7 @@ def test_releases_of_a_void_step_are_sent_again():
     world.submit("long", [2], 30)
     world.settle_until(lambda: "short" in world.finished)
     home = next(rank for rank, kv in world.kv.items() if 0 in kv)
-    other = next(r for r in range(4) if r not in (home, world.brain.requests.running["long"].home))
+    other = next(r for r in range(4) if r not in (home, world.brain.state.requests.running["long"].home))
     world.inbox.clear()  # the step that carries the release never arrives
     world.kill(other)
     world.settle()
@@ -407,7 +408,7 @@ def test_releases_of_a_void_step_are_sent_again():
 def test_cancel_of_an_unknown_request_is_nothing():
     world = World().boot()
     world.feed(ev.Cancelled("nobody"))
-    assert world.brain.requests.cancelled == 0
+    assert world.brain.state.requests.cancelled == 0
 
 
 def test_waiting_limit():
@@ -439,7 +440,7 @@ def test_moved_requests_keep_their_place_in_the_queue():
     for _ in range(6):
         world.answer()
     world.kill(0)
-    waiting = list(world.brain.requests.waiting)
+    waiting = list(world.brain.state.requests.waiting)
     assert waiting == sorted(waiting)
     assert len(waiting) > 2
     world.settle()

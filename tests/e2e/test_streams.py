@@ -14,6 +14,7 @@ from elastic_ep.testing.server import ServerProcess
 from tests.checkpoints import FAMILIES
 from tests.e2e.conftest import COUNT, prompts, reference
 
+
 async def stream(client: AsyncOpenAI, model: str, prompt: list[int], **parameters: Any) -> list[int]:
     """All token ids of one streamed completion; the client raises for any error."""
     extra = {"return_token_ids": True, "ignore_eos": True}

@@ -1,0 +1,113 @@
+"""From a plan to an installed epoch, and who is at fault when ranks cannot reach each other. Functions over the brain's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from elastic_ep.brain import members
+from elastic_ep.brain.events import FailureCause, GroupPlan, Planned, Send
+from elastic_ep.brain.messages import Install, Installed, InstallFailed, LoadedSlot, LoadOrder
+from elastic_ep.brain.seats import Seat, SeatState
+from elastic_ep.brain.state import BrainState, Transaction
+from elastic_ep.brain.verdict import DEADLINE, judge
+from elastic_ep.core.recovery import Phase, Tier, Trigger
+
+
+def on_planned(state: BrainState, event: Planned, now: float) -> None:
+    if event.epoch != state.membership.epoch or state.group.phase is not Phase.PLANNING:
+        return
+    epoch = state.membership.epoch
+    if event.plan is None:
+        state.group.apply(Trigger.TOO_FEW_SLOTS, now=now, epoch=epoch, reason=event.reason)
+        members.abort_all(state, event.reason)
+        members.close_record(state, now)
+        return
+    state.plan = event.plan
+    state.group.apply(Trigger.PLANNED, now=now, epoch=epoch, reason=event.plan.reason)
+    if state.record:
+        state.record.planned, state.record.reason = now, event.plan.reason
+        state.record.experts_lost = max(state.record.experts_lost, event.plan.experts_lost)
+        state.record.tier = max(state.record.tier, Tier.COVER if event.plan.loads else Tier.MASK)
+    send_installs(state, event.plan, now)
+
+
+def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
+    topology, ranks = state.settings.topology, state.membership.ranks
+    orders: dict[int, list[LoadOrder]] = {rank: [] for rank in ranks}
+    for layer, slot, expert in plan.loads:
+        orders[int(topology.rank_of_slot[slot])].append(LoadOrder(layer, slot, expert))
+    peers = {rank: state.seats[rank].address for rank in ranks}
+    patience = state.settings.install_deadline_s(max(map(len, orders.values())))
+    state.install = Transaction(state.membership.epoch, set(ranks), now, now + patience)
+    p2l = plan.placement.physical_to_logical_map.astype("<i4").tobytes()
+    quotas = None if plan.quotas is None else plan.quotas.astype("<f8").tobytes()
+    streamed = tuple((layer, expert, rank) for (layer, expert), rank in sorted(plan.streamed.items()))
+    for rank in ranks:
+        message = Install(
+            epoch=state.membership.epoch,
+            active_ranks=state.membership.active,
+            slots_per_rank=topology.slots_per_rank,
+            num_layers=state.settings.num_layers,
+            num_experts=state.settings.plan.num_experts,
+            peers=peers,
+            physical_to_logical_map=p2l,
+            quotas=quotas,
+            streamed=streamed,
+            loads=tuple(orders[rank]),
+            deadline_s=state.settings.install_timeout_s / 2,
+        )
+        state.out.append(Send(rank, message))
+
+
+def record_loaded(state: BrainState, loaded: Iterable[LoadedSlot]) -> None:
+    for slot in loaded:
+        state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest)
+
+
+def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) -> None:
+    record_loaded(state, message.loaded)
+    if state.record:
+        state.record.bytes_moved["checkpoint"] += message.bytes_read
+    if state.install is None or message.epoch != state.install.number:
+        return
+    state.install.pending.discard(seat.rank)
+    if state.install.pending:
+        return
+    state.install = None
+    for rank in state.membership.ranks:
+        if state.seats[rank].state is SeatState.READY:
+            state.seats[rank].move(SeatState.ACTIVE)
+    if state.record:
+        state.record.moved = now
+    state.group.apply(Trigger.INSTALLED, now=now, epoch=message.epoch, reason=f"{len(state.membership.ranks)} ranks installed")
+    state.publish("installed", epoch=message.epoch, active_ranks=list(state.membership.active))
+
+
+def on_install_failed(state: BrainState, seat: Seat, message: InstallFailed, now: float) -> None:
+    record_loaded(state, message.loaded)
+    if state.install is None or message.epoch != state.install.number:
+        return
+    if message.error:
+        members.fail(state, seat.rank, FailureCause.FATAL, message.error, now)
+    else:
+        accuse(state, state.install, seat.rank, message.failed_peers, now)
+
+
+def accuse(state: BrainState, transaction: Transaction, accuser: int, accused: dict[int, str], now: float) -> None:
+    """Judge when the window closes, or, of missed deadlines only, when everyone else has spoken. A closed channel mostly means a
+    process that ended, and the news of that is on its way here."""
+    transaction.accusations[accuser] = accused
+    if transaction.verdict_at is None:
+        transaction.verdict_at = now + state.settings.verdict_window_s
+    named = {peer for peers in transaction.accusations.values() for peer in peers}
+    late = all(how == DEADLINE for peers in transaction.accusations.values() for how in peers.values())
+    if late and not transaction.pending - set(transaction.accusations) - named:
+        reach_verdict(state, transaction, now)
+
+
+def reach_verdict(state: BrainState, transaction: Transaction, now: float) -> None:
+    transaction.verdict_at = None
+    answered = set(state.membership.ranks) - transaction.pending | set(transaction.accusations)
+    dead = [s.rank for s in state.seats if not s.is_alive]
+    for rank, reason in judge(transaction.accusations, answered, dead).guilty.items():
+        members.fail(state, rank, FailureCause.PEERS, reason, now)

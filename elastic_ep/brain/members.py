@@ -1,0 +1,130 @@
+"""Ranks that come, fail and go: fencing, the next epoch's members, and the end. Functions over the brain's state."""
+
+from __future__ import annotations
+
+from elastic_ep.brain.events import EmitToken, FailureCause, Fence, MakePlan, RankFenced, Send, Stopped
+from elastic_ep.brain.messages import Shutdown
+from elastic_ep.brain.requests import Sequence
+from elastic_ep.brain.seats import Seat, SeatState
+from elastic_ep.brain.state import BrainState
+from elastic_ep.core.membership import Membership
+from elastic_ep.core.recovery import Phase, RecoveryRecord, Trigger
+
+
+def boot_if_ready(state: BrainState, now: float) -> None:
+    if state.group.phase is not Phase.BOOTING:
+        return
+    alive = [s for s in state.seats if s.is_alive]
+    if not alive or any(s.state is not SeatState.READY for s in alive) or fencing_seats(state):
+        return
+    state.boot_deadline = None
+    state.group.apply(Trigger.RANKS_READY, now=now, epoch=state.membership.epoch, reason=f"{len(alive)} ranks ready")
+    make_plan(state, now)
+
+
+def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: float) -> None:
+    """Give a rank up: void what is in flight, fence it, and start (or restart) the recovery."""
+    seat = state.seats[rank]
+    if not seat.is_alive:
+        return
+    last_sign = seat.last_sign
+    seat.move(SeatState.FENCING)
+    seat.failure = f"{cause.value}{': ' + detail if detail else ''}"
+    state.publish("rank_failed", rank=rank, cause=cause.value, detail=detail, epoch=state.membership.epoch)
+    state.out.append(Fence(rank, seat.incarnation, seat.failure))
+    state.fence_deadline = now + state.settings.fence_timeout_s
+    if state.group.phase is Phase.DOWN:
+        return
+    void(state)
+    if not any(s.is_alive for s in state.seats):
+        state.group.apply(Trigger.NO_RANK_LEFT, now=now, epoch=state.membership.epoch, reason=f"rank {rank} was the last: {seat.failure}")
+        stop(state, f"no rank is left alive; the last, rank {rank}, failed: {seat.failure}")
+        return
+    if state.group.phase is not Phase.BOOTING:
+        if state.record is None:
+            state.record = RecoveryRecord(cause.value, [rank], last_sign=last_sign, detected=now)
+        else:
+            state.record.restart(rank, cause.value)
+    state.group.apply(Trigger.RANK_FAILED, now=now, epoch=state.membership.epoch, reason=f"rank {rank} {seat.failure}")
+
+
+def void(state: BrainState) -> None:
+    """Nothing of the step or install in flight is kept, except that what it was to release is released with the next."""
+    if state.step:
+        for rank, seq_ids in state.step.release.items():
+            state.release[rank] = [*seq_ids, *state.release[rank]]
+    state.step = state.install = None
+
+
+def on_fenced(state: BrainState, event: RankFenced, now: float) -> None:
+    seat = state.seats[event.rank]
+    if seat.incarnation != event.incarnation or seat.state is not SeatState.FENCING:
+        return
+    bury(state, seat)
+    after_fencing(state, now)
+
+
+def bury(state: BrainState, seat: Seat) -> None:
+    seat.move(SeatState.DEAD)
+    state.contents.clear_rank(state.settings.topology, seat.rank)
+    state.release[seat.rank] = []
+    moved = state.requests.evict_rank(seat.rank)
+    state.publish("rank_fenced", rank=seat.rank, requests_moved=len(moved))
+
+
+def fencing_seats(state: BrainState) -> list[Seat]:
+    return [s for s in state.seats if s.state is SeatState.FENCING]
+
+
+def after_fencing(state: BrainState, now: float) -> None:
+    if fencing_seats(state):
+        return
+    state.fence_deadline = None
+    if state.group.phase is Phase.FENCING:
+        state.group.apply(Trigger.FENCED, now=now, epoch=state.membership.epoch, reason="all failed ranks are harmless")
+        make_plan(state, now)
+    else:
+        boot_if_ready(state, now)
+
+
+def make_plan(state: BrainState, now: float) -> None:
+    active = tuple(int(s.state in (SeatState.READY, SeatState.ACTIVE)) for s in state.seats)
+    state.membership = Membership(state.membership.epoch + 1, active)
+    if state.record:
+        state.record.agreed, state.record.epoch = now, state.membership.epoch
+    state.out.append(MakePlan(state.membership.epoch, active))
+
+
+def close_record(state: BrainState, now: float) -> None:
+    if state.record:
+        state.record.resumed = now
+        state.recoveries.append(state.record)
+        state.publish("recovery", **state.record.as_status())
+        state.record = None
+
+
+def drop(state: BrainState, request_id: str) -> Sequence | None:
+    """Forget a request and let its home free its KV."""
+    sequence = state.requests.remove(request_id)
+    if sequence is not None and sequence.home is not None:
+        state.release[sequence.home].append(sequence.seq_id)
+    return sequence
+
+
+def abort_all(state: BrainState, reason: str) -> None:
+    for sequence in [*state.requests.running.values(), *state.requests.waiting.values()]:
+        drop(state, sequence.request.request_id)
+        state.requests.failed += 1
+        state.out.append(EmitToken(sequence.request.request_id, None, sequence.num_generated, "error", reason))
+
+
+def stop(state: BrainState, error: str) -> None:
+    if state.stopped:
+        return
+    state.stopped = state.stopping = True
+    if error:
+        abort_all(state, error)
+    for seat in state.seats:
+        if seat.is_alive and seat.state is not SeatState.STARTING:
+            state.out.append(Send(seat.rank, Shutdown()))
+    state.out.append(Stopped(error))

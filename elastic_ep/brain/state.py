@@ -1,0 +1,78 @@
+"""All that the brain knows, in one place. Only the functions of this package change it, one event at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_ep.brain.events import Command, GroupPlan, Publish
+from elastic_ep.brain.messages import SampledToken, SequenceWork
+from elastic_ep.brain.requests import RequestTable, Sequence
+from elastic_ep.brain.seats import Seat
+from elastic_ep.brain.settings import BrainSettings
+from elastic_ep.core.membership import Membership
+from elastic_ep.core.placement import SlotContents
+from elastic_ep.core.recovery import GroupState, RecoveryRecord
+
+RECOVERIES_KEPT = 256
+
+
+@dataclass
+class Transaction:
+    """One step or one install in flight: who has not answered, and what the others said."""
+
+    number: int
+    pending: set[int]
+    started: float
+    deadline: float
+    work: dict[int, list[tuple[Sequence, SequenceWork]]] = field(default_factory=dict)
+    release: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    tokens: dict[int, SampledToken] = field(default_factory=dict)
+    accusations: dict[int, dict[int, str]] = field(default_factory=dict)
+    verdict_at: float | None = None
+    extensions: int = 0
+
+
+class BrainState:
+    """One group of ranks and the requests it serves.
+
+    Attributes:
+        membership: of the newest epoch, installed or not.
+        step, install: the transaction in flight, if any; never both.
+        record: the recovery under way; `recoveries` keeps the finished ones.
+        release: rank -> sequences whose KV it may free, told with its next step.
+        out: the commands that the event in hand has led to.
+    """
+
+    def __init__(self, settings: BrainSettings, now: float) -> None:
+        ep_size = settings.topology.ep_size
+        self.settings = settings
+        self.seats = [Seat(rank, last_sign=now) for rank in range(ep_size)]
+        self.membership = Membership.all_active(ep_size)
+        self.group = GroupState()
+        self.contents = SlotContents(settings.num_layers, settings.topology.num_slots)
+        self.requests = RequestTable()
+        self.plan: GroupPlan | None = None
+        self.step: Transaction | None = None
+        self.install: Transaction | None = None
+        self.record: RecoveryRecord | None = None
+        self.recoveries: deque[RecoveryRecord] = deque(maxlen=RECOVERIES_KEPT)
+        self.steps_run = 0
+        self.tokens_committed = 0
+        self.stopping = False
+        self.stopped = False
+        self.boot_deadline: float | None = now + settings.boot_timeout_s
+        self.fence_deadline: float | None = None
+        self.release: dict[int, list[int]] = {rank: [] for rank in range(ep_size)}
+        self.out: list[Command] = []
+
+    def seat(self, rank: int, incarnation: int) -> Seat | None:
+        """The seat, if this very process sits in it and has not been given up: what a dead one says changes nothing."""
+        if not 0 <= rank < len(self.seats):
+            return None
+        seat = self.seats[rank]
+        return seat if seat.incarnation == incarnation and seat.is_alive else None
+
+    def publish(self, kind: str, /, **data: Any) -> None:
+        self.out.append(Publish(kind, data))

@@ -1,0 +1,76 @@
+"""Steps as transactions: started on every member, committed when all have answered. Functions over the brain's state."""
+
+from __future__ import annotations
+
+from elastic_ep.brain import members
+from elastic_ep.brain.events import FailureCause, Send
+from elastic_ep.brain.messages import RunStep, SampledToken, SequenceWork, StepDone
+from elastic_ep.brain.requests import Sequence
+from elastic_ep.brain.scheduler import place_waiting, step_work
+from elastic_ep.brain.seats import Seat
+from elastic_ep.brain.state import BrainState, Transaction
+from elastic_ep.core.recovery import Phase, Trigger
+
+_MAY_STEP = (Phase.SERVING, Phase.RESUMING)
+
+
+def run_step(state: BrainState, now: float) -> None:
+    """Start the next step if the group may serve and there is anything to do."""
+    if state.group.phase not in _MAY_STEP or state.step is not None:
+        return
+    place_waiting(state.requests, state.membership.ranks, state.settings.limits)
+    work = step_work(state.requests, state.membership.ranks, state.settings.limits)
+    if not any(work.values()):
+        if state.group.phase is Phase.RESUMING:
+            resumed(state, now, "nothing to resume")
+        return
+    state.steps_run += 1
+    state.step = Transaction(state.steps_run, set(work), now, now + state.settings.step_timeout_s, work)
+    for rank, items in work.items():
+        state.step.release[rank], state.release[rank] = tuple(state.release[rank]), []
+        message = RunStep(state.membership.epoch, state.step.number, tuple(w for _, w in items), state.step.release[rank])
+        state.out.append(Send(rank, message))
+
+
+def on_step_done(state: BrainState, seat: Seat, done: StepDone, now: float) -> None:
+    step = state.step
+    if step is None or (done.epoch, done.step) != (state.membership.epoch, step.number):
+        return
+    step.pending.discard(seat.rank)
+    for token in done.tokens:
+        step.tokens[token.seq_id] = token
+    if not step.pending:
+        commit(state, step, now)
+
+
+def commit(state: BrainState, step: Transaction, now: float) -> None:
+    for rank, items in step.work.items():
+        for _, work in items:
+            if work.sample is not None and work.seq_id not in step.tokens:
+                members.fail(state, rank, FailureCause.FATAL, f"no token for sequence {work.seq_id} in step {step.number}", now)
+                return
+    state.step = None
+    for items in step.work.values():
+        for sequence, work in items:
+            commit_sequence(state, sequence, work, step.tokens.get(work.seq_id))
+    if state.group.phase is Phase.RESUMING:
+        resumed(state, now, f"step {step.number} committed")
+
+
+def commit_sequence(state: BrainState, sequence: Sequence, work: SequenceWork, token: SampledToken | None) -> None:
+    request_id = sequence.request.request_id
+    if state.requests.find(request_id) is not sequence:
+        return
+    emit = sequence.commit(work, token)
+    if emit is None:
+        return
+    state.tokens_committed += 1
+    state.out.append(emit)
+    if emit.finish:
+        members.drop(state, request_id)
+        state.requests.finished += 1
+
+
+def resumed(state: BrainState, now: float, reason: str) -> None:
+    state.group.apply(Trigger.COMMITTED, now=now, epoch=state.membership.epoch, reason=reason)
+    members.close_record(state, now)
