@@ -1,4 +1,4 @@
-"""Backends under test."""
+"""Backends under test, and rank processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dispatch_processes import Ranks
 from dispatch_world import TOKEN, World
 
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
@@ -25,17 +26,25 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def make_world(folder: Path) -> Iterator[Callable[..., World]]:
-    """make_world(backend, num_ranks, **options of the socket backend) -> a connected World, closed at the end."""
+    """make_world(backend, num_ranks, **options of the socket backend) -> a connected World, closed at the end.
+
+    Backends: `local`; `unix` (rows in shared memory); `inline` (Unix, rows in the stream); `page` (Unix, one page of shared memory:
+    only small batches fit); `tcp`; `mixed` (odd ranks listen on TCP).
+    """
     worlds: list[World] = []
 
-    def make(backend: str, num_ranks: int, **options: Any) -> World:
+    def address(backend: str, rank: int) -> str:
+        if backend == "tcp" or (backend == "mixed" and rank % 2):
+            return "tcp:127.0.0.1:0"
+        return f"unix:{folder}/w{len(worlds)}r{rank}"
+
+    def make(backend: str, num_ranks: int, interrupts: dict[int, Any] | None = None, **options: Any) -> World:
         if backend == "local":
             world = World({r: LocalDispatcher() for r in range(num_ranks)}, {0: "local"})
         else:
+            options.setdefault("shared_bytes", {"inline": 0, "page": 4096}.get(backend, 1 << 28))
             ranks = {
-                r: SocketDispatcher(
-                    r, f"unix:{folder}/w{len(worlds)}r{r}" if backend == "unix" else "tcp:127.0.0.1:0", token=TOKEN, **options
-                )
+                r: SocketDispatcher(r, address(backend, r), token=TOKEN, interrupt=(interrupts or {}).get(r), **options)
                 for r in range(num_ranks)
             }
             world = World(dict(ranks), {r: d.listen() for r, d in ranks.items()})
@@ -46,3 +55,22 @@ def make_world(folder: Path) -> Iterator[Callable[..., World]]:
     yield make
     for world in worlds:
         world.close()
+
+
+@pytest.fixture
+def make_ranks(folder: Path) -> Iterator[Callable[..., Ranks]]:
+    """make_ranks(backend, num_ranks, **options) -> connected rank processes; whatever is left of them is killed at the end."""
+    made: list[Ranks] = []
+
+    def make(backend: str, num_ranks: int, **options: Any) -> Ranks:
+        options.setdefault("shared_bytes", 0 if backend == "inline" else 1 << 28)
+        ranks = Ranks(backend, folder / str(len(made)), options)
+        made.append(ranks)
+        for rank in range(num_ranks):
+            ranks.start(rank)
+        ranks.install(range(num_ranks))
+        return ranks
+
+    yield make
+    for ranks in made:
+        ranks.close()

@@ -15,7 +15,7 @@ from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
 
-BACKENDS = [("local", 1), ("unix", 1), ("unix", 2), ("unix", 3), ("unix", 4), ("tcp", 3)]
+BACKENDS = [("local", 1), ("unix", 1), ("unix", 2), ("unix", 3), ("unix", 4), ("inline", 3), ("page", 3), ("tcp", 3), ("mixed", 4)]
 HIDDEN = 12
 pytestmark = pytest.mark.timeout(60)
 
@@ -26,6 +26,11 @@ def run_layer(dispatcher: Dispatcher, batch: Batch, routing: RoutingTable, at: S
     out = dispatcher.combine(run_experts(handle), handle)
     assert isinstance(out, torch.Tensor), out
     return out
+
+
+def run_layers(world: Any, batches: dict[int, Batch], routing: RoutingTable, at: StepPoint) -> dict[int, torch.Tensor]:
+    """One layer on every rank at once."""
+    return run_ranks({r: lambda r=r: run_layer(world.dispatchers[r], batches[r], routing, at) for r in world.ranks})
 
 
 def oracle(batch: Batch, num_experts: int) -> torch.Tensor:
@@ -39,7 +44,6 @@ def test_sums_have_the_oracles_bits(make_world: Any, backend: str, num_ranks: in
     print(f"seed {seed}")
     world = make_world(backend, num_ranks)
     rng = np.random.default_rng(seed)
-    at = StepPoint(1, -1, 0)
     for top_k in range(1, 9):
         num_experts = int(rng.integers(top_k, 24))
         routing = make_routing(rng, world.ranks, num_experts)
@@ -47,7 +51,7 @@ def test_sums_have_the_oracles_bits(make_world: Any, backend: str, num_ranks: in
         batches = {r: make_batch(rng, int(sizes[r]), top_k, num_experts, HIDDEN, dtype, bool(rng.random() < 0.7)) for r in world.ranks}
         for layer in range(2):
             at = StepPoint(1, top_k, layer)
-            outs = run_ranks({r: lambda r=r: run_layer(world.dispatchers[r], batches[r], routing, at) for r in world.ranks})
+            outs = run_layers(world, batches, routing, at)
             for rank, batch in batches.items():
                 assert same_bits(outs[rank], expected(batch)), f"rank {rank} of {num_ranks}, K={top_k}, T={sizes}"
                 assert same_bits(outs[rank], oracle(batch, num_experts))
@@ -89,7 +93,7 @@ def test_no_tokens_anywhere(make_world: Any, backend: str, num_ranks: int) -> No
     rng = np.random.default_rng(0)
     routing = make_routing(rng, world.ranks, 4)
     batch = make_batch(rng, 0, 2, 4, HIDDEN, torch.bfloat16)
-    outs = run_ranks({r: lambda r=r: run_layer(world.dispatchers[r], batch, routing, StepPoint(1, 0, 0)) for r in world.ranks})
+    outs = run_layers(world, dict.fromkeys(world.ranks, batch), routing, StepPoint(1, 0, 0))
     assert all(out.shape == (0, HIDDEN) and out.dtype == torch.bfloat16 for out in outs.values())
 
 
@@ -124,3 +128,34 @@ def test_an_expert_without_a_replica_is_refused(make_world: Any, backend: str) -
     routing = RoutingTable(1, np.where(np.arange(2)[None, :, None] == 1, -1, whole.replica_rank), whole.cumulative_quota, {})
     with pytest.raises(InvalidInputError, match=r"expert 1 .* live replica"):
         dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
+
+
+@pytest.mark.parametrize("backend", ["unix", "inline", "tcp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frames_larger_than_any_socket_buffer(make_world: Any, backend: str, dtype: torch.dtype) -> None:
+    world = make_world(backend, 2)
+    rng = np.random.default_rng(5)
+    routing = make_routing(rng, world.ranks, 16)
+    for step, sizes in enumerate(((700, 700), (0, 900), (3, 1))):
+        batches = {r: make_batch(rng, n, 8, 16, 1024, dtype) for r, n in enumerate(sizes)}
+        outs = run_layers(world, batches, routing, StepPoint(1, step, 0))
+        for rank, batch in batches.items():
+            assert same_bits(outs[rank], oracle(batch, 16))
+
+
+def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_world: Any) -> None:
+    dispatcher = make_world("unix", 1).dispatchers[0]
+    whole = lone_routing(2)
+    for rank, words in ((3, r"rank 3, the mesh has ranks 0 to 0"), (-1, "live replica")):
+        routing = RoutingTable(1, np.full_like(whole.replica_rank, rank), whole.cumulative_quota, {})
+        with pytest.raises(InvalidInputError, match=words):
+            dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
+
+
+def test_a_point_that_does_not_grow_is_refused(make_world: Any) -> None:
+    dispatcher = make_world("unix", 1).dispatchers[0]
+    batch = make_batch(np.random.default_rng(0), 1, 1, 2, 4, torch.float32)
+    run_layer(dispatcher, batch, lone_routing(2), StepPoint(1, 5, 1))
+    for at in (StepPoint(1, 5, 1), StepPoint(1, 5, 0), StepPoint(1, 4, 1)):
+        with pytest.raises(InvalidInputError, match="does not come after"):
+            run_layer(dispatcher, batch, lone_routing(2), at)
