@@ -21,9 +21,10 @@ class Sampled(NamedTuple):
 def sample(logits: NDArray[np.float32], params: SamplingParams, position: int) -> Sampled:
     """Pick the token at `position` from logits float32 [V].
 
-    Temperature 0 takes the largest logit, the lowest id among equals. Otherwise: probabilities in float64, sorted from the largest
-    (equals by id), cut to the smallest set whose mass reaches top_p, then the inverse of their cumulative sum at a uniform number that
-    a counter-based generator (Philox) gives for (seed, position). Log-probabilities are those of the untouched distribution.
+    Temperature 0 takes the largest logit, the lowest id among equals. Otherwise a uniform number that a counter-based generator
+    (Philox) gives for (seed, position) is looked up in the cumulative sum, in float64, of the probabilities: in order of id, or, with
+    top_p below 1, of the fewest tokens whose mass reaches top_p, from the most likely (equals by id). Log-probabilities are those of
+    the untouched distribution.
     """
     token = int(logits.argmax()) if params.temperature == 0 else _draw(logits, params, position)
     if params.top_logprobs is None:
@@ -35,21 +36,28 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, position: int) -
 
 def uniform(seed: int, position: int) -> float:
     """The uniform number in [0, 1) of (seed, position)."""
-    generator = np.random.Philox(key=[seed & 0xFFFFFFFFFFFFFFFF, position])
+    generator = np.random.Philox(key=np.array([seed & 0xFFFFFFFFFFFFFFFF, position], dtype=np.uint64))
     return float(generator.random_raw() >> 11) * 2.0**-53
 
 
 def _draw(logits: NDArray[np.float32], params: SamplingParams, position: int) -> int:
-    scaled = logits.astype(np.float64) / params.temperature
-    order = np.argsort(-scaled, kind="stable")
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    cumulative = np.cumsum(weights)
-    kept = len(weights)
-    if params.top_p < 1.0:
-        kept = min(kept, int(np.searchsorted(cumulative, params.top_p * cumulative[-1], side="left")) + 1)
-    target = uniform(params.seed, position) * cumulative[kept - 1]
-    index = int(np.searchsorted(cumulative[:kept], target, side="right"))
-    return int(order[min(index, kept - 1)])
+    weights = np.exp((logits.astype(np.float64) - float(logits.max())) / params.temperature)
+    ids = None if params.top_p >= 1.0 else _nucleus(logits, weights, params.top_p)
+    cumulative = np.cumsum(weights if ids is None else weights[ids])
+    target = uniform(params.seed, position) * cumulative[-1]
+    index = min(int(np.searchsorted(cumulative, target, side="right")), len(cumulative) - 1)
+    return index if ids is None else int(ids[index])
+
+
+def _nucleus(logits: NDArray[np.float32], weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """Ids of the fewest tokens whose weights reach top_p of the whole, most likely first."""
+    goal, count = top_p * float(weights.sum()), 64
+    while True:
+        ids = _largest(logits, count)
+        cumulative = np.cumsum(weights[ids])
+        if cumulative[-1] >= goal or len(ids) == len(logits):
+            return ids[: int(np.searchsorted(cumulative, goal, side="left")) + 1]
+        count *= 8
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
