@@ -53,7 +53,7 @@ def commit(state: BrainState, step: Transaction, now: float) -> None:
     for items in step.work.values():
         for sequence, work in items:
             commit_sequence(state, sequence, work, step.tokens.get(work.seq_id))
-    if state.group.phase is Phase.RESUMING:
+    if state.group.phase is Phase.RESUMING and step.tokens:
         resumed(state, now, f"step {step.number} committed")
 
 
