@@ -249,7 +249,7 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer | None:
         try:
             return tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again from its source") from None
+            raise CheckpointError(f"{file} cannot be read as a tokenizer: {_one_line(error)}; copy it again from its source") from None
     if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")):
         return None
     from transformers import AutoTokenizer  # seconds, and it imports torch: only for checkpoints that need a conversion
@@ -257,7 +257,11 @@ def _load_backend(folder: Path) -> tokenizers.Tokenizer | None:
     try:
         return AutoTokenizer.from_pretrained(folder).backend_tokenizer
     except Exception as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be converted: {error}; save it as tokenizer.json") from None
+        raise CheckpointError(f"the tokenizer in {folder} cannot be converted: {_one_line(error)}; save it as tokenizer.json") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

@@ -176,3 +176,16 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: str) -> None
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=name):
         load_tokenizer(tmp_path)
+
+
+def test_a_checkpoint_with_only_a_vocabulary_is_converted(tmp_path: Path) -> None:
+    inner = byte_level()
+    inner.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": EOS}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("hello world") == inner.encode("hello world").ids
+    assert tokenizer.eos_ids == {0}
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be converted"):
+        load_tokenizer(tmp_path)
