@@ -63,6 +63,7 @@ class Brain:
                 seat = state.seat(event.rank, event.incarnation)
                 if seat:
                     seat.probed_at, seat.seen_running = None, now
+                    state.silence_check_at = min(state.silence_check_at, now + state.settings.heartbeat_timeout_s)
             case Planned():
                 epochs.on_planned(state, event, now)
             case StopRequested():
@@ -75,7 +76,7 @@ class Brain:
     def next_deadline(self) -> float | None:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
-        times = [state.boot_deadline, state.fence_deadline, *map(self._silence_deadline, state.seats)]
+        times = [state.boot_deadline, state.fence_deadline, state.silence_check_at]
         for transaction in (state.step, state.install):
             if transaction:
                 times += [transaction.deadline, transaction.verdict_at]
@@ -106,6 +107,7 @@ class Brain:
         if seat is None or seat.state is not SeatState.STARTING:
             return
         seat.move(SeatState.LOADING)
+        self.state.silence_check_at = min(self.state.silence_check_at, now + self.state.settings.heartbeat_timeout_s)
         seat.pid, seat.host, seat.address, seat.last_sign = hello.pid, hello.host, hello.address, now
 
     def _on_said(self, event: RankSaid, now: float) -> None:
@@ -142,13 +144,24 @@ class Brain:
             return None
         return max(seat.last_sign, seat.seen_running) + self.state.settings.heartbeat_timeout_s
 
-    def _on_time(self, now: float) -> None:
+    def _check_silence(self, now: float) -> None:
+        """Probe who is silent, and find out when the next could be: a sign of life only moves that time on, so it is worked out here
+        and not with every message."""
         state = self.state
+        next_check = now + state.settings.heartbeat_timeout_s
         for seat in state.seats:
             due = self._silence_deadline(seat)
             if due is not None and due <= now:
                 seat.probed_at = now
                 state.out.append(Probe(seat.rank, seat.incarnation))
+            elif due is not None:
+                next_check = min(next_check, due)
+        state.silence_check_at = next_check
+
+    def _on_time(self, now: float) -> None:
+        state = self.state
+        if state.silence_check_at <= now:
+            self._check_silence(now)
         if state.boot_deadline is not None and state.boot_deadline <= now:
             state.boot_deadline = None
             for seat in state.seats:

@@ -64,6 +64,7 @@ class BrainState:
         self.stopped = False
         self.boot_deadline: float | None = now + settings.boot_timeout_s
         self.fence_deadline: float | None = None
+        self.silence_check_at = now + settings.heartbeat_timeout_s
         self.release: dict[int, list[int]] = {rank: [] for rank in range(ep_size)}
         self.out: list[Command] = []
 

@@ -79,13 +79,15 @@ class Controller:
         control = self._run_dir / "control.sock"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
         self.brain = Brain(self.settings, time.monotonic())
-        self._launcher = Launcher(
-            "elastic_ep.models.worker:preload", str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost
-        )
+        self._start_ranks(f"unix:{control}")
+        self._set_timer()
+
+    def _start_ranks(self, control: str) -> None:
+        preload = "elastic_ep.models.worker:preload"
+        self._launcher = Launcher(preload, str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost)
         self._launcher.start(self._loop)
         for rank in range(self.config.ep_size):
-            self._launcher.spawn(rank, 0, "elastic_ep.models.worker:rank_main", self._rank_program(rank, 0, f"unix:{control}"))
-        self._set_timer()
+            self._launcher.spawn(rank, 0, "elastic_ep.models.worker:rank_main", self._rank_program(rank, 0, control))
 
     def _rank_program(self, rank: int, incarnation: int, control: str) -> dict[str, Any]:
         listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
