@@ -15,11 +15,13 @@ import resource
 import selectors
 import socket
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import uvloop
 
+from elastic_ep.brain.events import GenerationRequest
 from elastic_ep.brain.messages import (
     DenseLoaded,
     Hello,
@@ -34,7 +36,6 @@ from elastic_ep.brain.messages import (
 )
 from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.control.wire import MessageBuffer, encode
-from elastic_ep.serving.backend import GenerationRequest
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.controller import Controller
 
@@ -87,7 +88,7 @@ class StubController(Controller):
         processes = min(4, self.config.ep_size)
         cuts = [self.config.ep_size * i // processes for i in range(processes + 1)]
         spawn = multiprocessing.get_context("spawn")
-        self.stubs = [spawn.Process(target=stubs, args=(control, self._token, range(a, b))) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.stubs = [spawn.Process(target=stubs, args=(control, self._token, range(a, b))) for a, b in pairwise(cuts)]
         for process in self.stubs:
             process.start()
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage, SampledToken, SamplingParams
 from elastic_ep.core.placement import ExpertPlacement
+
+Finish = Literal["stop", "length", "error"]
 
 
 class FailureCause(enum.Enum):
@@ -84,7 +86,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    request: Request
+    request: GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +108,39 @@ Event = RankConnected | RankSaid | RankFailed | RankFenced | RankRuns | Planned 
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One sequence to generate. `eos_ids` is empty when end-of-sequence tokens are to be ignored."""
+class GenerationRequest:
+    """One sequence to generate: one prompt of one choice.
+
+    Attributes:
+        request_id: unique among the server's requests.
+        prompt_ids: at least one token id, each in [0, vocab_size).
+        max_tokens: at least 1; len(prompt_ids) + max_tokens <= max_model_len.
+        sampling: with the seed already chosen.
+        eos_ids: ids that end the sequence; empty when the client ignores them.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
     eos_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One committed token, or the end of the sequence, or both.
+
+    Attributes:
+        token: None only when `finish` is set and no token comes with it (always so for "error").
+        index: position of the token among the sequence's generated ones, from 0.
+        finish: None while more follows; "stop" when `token` is one of eos_ids; nothing follows an event that has it.
+        error: the reason, for finish "error".
+    """
+
+    token: SampledToken | None
+    index: int
+    finish: Finish | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,14 +199,19 @@ class MakePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class EmitToken:
-    """A committed token of a request. `finish` ends the stream: "stop", "length" or "error" (then `token` may be None)."""
+class Emit:
+    """The next event of a request's stream."""
 
     request_id: str
-    token: SampledToken | None
-    index: int
-    finish: str | None = None
-    error: str = ""
+    event: TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommitted:
+    """Every member answered done for a step; its tokens are in the Emits that follow."""
+
+    step: int
+    started: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,4 +229,4 @@ class Stopped:
     error: str = ""
 
 
-Command = Send | Fence | Probe | MakePlan | EmitToken | Publish | Stopped
+Command = Send | Fence | Probe | MakePlan | Emit | StepCommitted | Publish | Stopped

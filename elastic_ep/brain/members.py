@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.brain.events import EmitToken, FailureCause, Fence, MakePlan, RankFenced, Send, Stopped
+from elastic_ep.brain.events import Emit, FailureCause, Fence, MakePlan, RankFenced, Send, Stopped, TokenEvent
 from elastic_ep.brain.messages import Shutdown
 from elastic_ep.brain.requests import Sequence
 from elastic_ep.brain.seats import Seat, SeatState
@@ -53,6 +53,7 @@ def void(state: BrainState) -> None:
     if state.step:
         for rank, seq_ids in state.step.release.items():
             state.release[rank] = [*seq_ids, *state.release[rank]]
+        state.publish("step_void", step=state.step.number)
     state.step = state.install = None
 
 
@@ -115,7 +116,7 @@ def abort_all(state: BrainState, reason: str) -> None:
     for sequence in [*state.requests.running.values(), *state.requests.waiting.values()]:
         drop(state, sequence.request.request_id)
         state.requests.failed += 1
-        state.out.append(EmitToken(sequence.request.request_id, None, sequence.num_generated, "error", reason))
+        state.out.append(Emit(sequence.request.request_id, TokenEvent(None, sequence.num_generated, "error", reason)))
 
 
 def stop(state: BrainState, error: str) -> None:

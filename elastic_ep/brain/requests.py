@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from elastic_ep.brain.events import EmitToken, Request
+from elastic_ep.brain.events import Finish, GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 
 
@@ -20,7 +20,7 @@ class Sequence:
         computed: how many positions have KV on the home rank, by committed steps.
     """
 
-    request: Request
+    request: GenerationRequest
     tokens: list[int]
     arrival: int
     home: int | None = None
@@ -47,19 +47,19 @@ class Sequence:
         sample = self.request.sampling if end == len(self.tokens) else None
         return SequenceWork(self.seq_id, self.computed, tuple(self.tokens[self.computed : end]), sample)
 
-    def commit(self, work: SequenceWork, token: SampledToken | None) -> EmitToken | None:
+    def commit(self, work: SequenceWork, token: SampledToken | None) -> TokenEvent | None:
         """Take the result of a step that every rank finished. Returns what the client sees, if a token was sampled."""
         assert work.start == self.computed, f"work from {work.start} committed at {self.computed}"
         self.computed += len(work.tokens)
         if token is None:
             return None
         self.tokens.append(token.token)
-        finish = None
+        finish: Finish | None = None
         if token.token in self.request.eos_ids:
             finish = "stop"
         elif self.num_generated >= self.request.max_tokens:
             finish = "length"
-        return EmitToken(self.request.request_id, token, self.num_generated - 1, finish)
+        return TokenEvent(token, self.num_generated - 1, finish)
 
     def leave_home(self) -> None:
         """Its KV is lost (or given up): everything is computed again elsewhere."""
@@ -78,7 +78,7 @@ class RequestTable:
     arrivals: int = 0
     next_seq_id: int = 0
 
-    def add(self, request: Request) -> Sequence:
+    def add(self, request: GenerationRequest) -> Sequence:
         assert self.find(request.request_id) is None, request.request_id
         sequence = Sequence(request, list(request.prompt_ids), self.arrivals)
         self.arrivals += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic_ep.brain import members
-from elastic_ep.brain.events import FailureCause, Send
+from elastic_ep.brain.events import Emit, FailureCause, Send, StepCommitted
 from elastic_ep.brain.messages import RunStep, SampledToken, SequenceWork, StepDone
 from elastic_ep.brain.requests import Sequence
 from elastic_ep.brain.scheduler import place_waiting, step_work
@@ -50,6 +50,7 @@ def commit(state: BrainState, step: Transaction, now: float) -> None:
                 members.fail(state, rank, FailureCause.FATAL, f"no token for sequence {work.seq_id} in step {step.number}", now)
                 return
     state.step = None
+    state.out.append(StepCommitted(step.number, step.started))
     for items in step.work.values():
         for sequence, work in items:
             commit_sequence(state, sequence, work, step.tokens.get(work.seq_id))
@@ -61,12 +62,12 @@ def commit_sequence(state: BrainState, sequence: Sequence, work: SequenceWork, t
     request_id = sequence.request.request_id
     if state.requests.find(request_id) is not sequence:
         return
-    emit = sequence.commit(work, token)
-    if emit is None:
+    event = sequence.commit(work, token)
+    if event is None:
         return
     state.tokens_committed += 1
-    state.out.append(emit)
-    if emit.finish:
+    state.out.append(Emit(request_id, event))
+    if event.finish:
         members.drop(state, request_id)
         state.requests.finished += 1
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from elastic_ep.brain.messages import SampledToken, SamplingParams
+from elastic_ep.brain.events import GenerationRequest, TokenEvent
 from elastic_ep.core.errors import ElasticEPError
-
-Finish = Literal["stop", "length", "error"]
 
 
 class QueueFull(ElasticEPError):
@@ -22,42 +19,6 @@ class QueueFull(ElasticEPError):
 
 class Unavailable(ElasticEPError):
     """The server takes no requests now (starting, stopping, no live rank, experts missing). The message is the reason (HTTP 503)."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One sequence to generate: one prompt of one choice.
-
-    Attributes:
-        request_id: unique among the server's requests.
-        prompt_ids: at least one token id, each in [0, vocab_size).
-        max_tokens: at least 1; len(prompt_ids) + max_tokens <= max_model_len.
-        sampling: with the seed already chosen.
-        eos_ids: ids that end the sequence; empty when the client ignores them.
-    """
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    max_tokens: int
-    sampling: SamplingParams
-    eos_ids: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One committed token, or the end of the sequence, or both.
-
-    Attributes:
-        token: None only when `finish` is set and no token comes with it (always so for "error").
-        index: position of the token among the sequence's generated ones, from 0.
-        finish: None while more follows; "stop" when `token` is one of eos_ids; nothing follows an event that has it.
-        error: the reason, for finish "error".
-    """
-
-    token: SampledToken | None
-    index: int
-    finish: Finish | None = None
-    error: str = ""
 
 
 class TokenStream(Protocol):

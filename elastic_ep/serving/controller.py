@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,28 @@ from typing import Any
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import planner
 from elastic_ep.brain.brain import Brain
-from elastic_ep.brain.events import FailureCause
+from elastic_ep.brain.events import FailureCause, GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import Hello, RankMessage
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess
 from elastic_ep.runtime.rank_config import RankConfig
-from elastic_ep.serving.backend import GenerationRequest, QueueFull, TokenEvent, Unavailable
+from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
 from elastic_ep.serving.link import RankLink
 from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.status import status_object
+from elastic_ep.serving.stream import RequestStream
 
 log = logging.getLogger(__name__)
 
 EXIT_GRACE_S = 0.005
 """How long the less telling sign of a death waits for the more telling: a closed channel for the exit, the exit for its status."""
 SHUTDOWN_TIMEOUT_S = 5.0
+HEARTBEAT_INTERVAL_S = 0.1
+NO_HEARTBEAT_S = 86400.0
 
 
 class Controller:
@@ -55,7 +58,7 @@ class Controller:
         self._token = secrets.token_hex(16)
         self._links: dict[tuple[int, int], RankLink] = {}
         self._processes: dict[tuple[int, int], LocalProcess] = {}
-        self._streams: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._streams: dict[str, RequestStream] = {}
         self._queue: deque[ev.Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
@@ -91,7 +94,15 @@ class Controller:
 
     def _rank_program(self, rank: int, incarnation: int, control: str) -> dict[str, Any]:
         listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
-        config = RankConfig(rank, incarnation, control, listen, self._token, exchange_timeout_s=self.settings.step_timeout_s / 2)
+        config = RankConfig(
+            rank,
+            incarnation,
+            control,
+            listen,
+            self._token,
+            exchange_timeout_s=self.settings.step_timeout_s / 2,
+            heartbeat_interval_s=HEARTBEAT_INTERVAL_S if self.config.detect else NO_HEARTBEAT_S,
+        )
         engine = {
             "checkpoint_dir": str(self.config.checkpoint),
             "rank": rank,
@@ -131,7 +142,7 @@ class Controller:
         for process in self._processes.values():
             process.close()
         await self._loop.run_in_executor(None, self._launcher.close)
-        self.eventlog.close()
+        self.end_streams()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
     # ---- the brain's loop
@@ -172,8 +183,10 @@ class Controller:
                 link = self._links.get((command.rank, self.brain.state.seats[command.rank].incarnation))
                 if link is not None:
                     link.send(command.message)
-            case ev.EmitToken():
+            case ev.Emit():
                 self._emit(command)
+            case ev.StepCommitted():
+                self.metrics.step_committed(time.monotonic() - command.started)
             case ev.Publish():
                 self.metrics.event(command.kind, command.data)
                 self.eventlog.publish(command.kind, command.data)
@@ -271,38 +284,38 @@ class Controller:
 
     # ---- Backend
 
-    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, request: GenerationRequest) -> RequestStream:
         refusal = self.brain.refusal()
         if refusal is not None:
             kind, reason = refusal
             raise QueueFull(reason) if kind == "queue_full" else Unavailable(reason)
-        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._streams[request.request_id] = queue
-        self._feed(
-            ev.Submitted(ev.Request(request.request_id, request.prompt_ids, request.max_tokens, request.sampling, request.eos_ids))
-        )
-        return self._stream(request.request_id, queue)
+        stream = RequestStream(lambda: self._cancel(request.request_id))
+        self._streams[request.request_id] = stream
+        self._feed(ev.Submitted(request))
+        return stream
 
-    async def _stream(self, request_id: str, queue: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
-        try:
-            while True:
-                event = await queue.get()
-                yield event
-                if event.finish:
-                    return
-        finally:
-            if self._streams.pop(request_id, None) is not None and not self.stopped.is_set():
-                self._feed(ev.Cancelled(request_id))
+    def _cancel(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None and not self.stopped.is_set():
+            self._feed(ev.Cancelled(request_id))
 
-    def _emit(self, command: ev.EmitToken) -> None:
-        queue = self._streams.get(command.request_id)
-        if queue is not None:
-            queue.put_nowait(TokenEvent(command.token, command.index, command.finish, command.error))  # type: ignore[arg-type]
+    def _emit(self, command: ev.Emit) -> None:
+        finished = command.event.finish is not None
+        stream = self._streams.pop(command.request_id, None) if finished else self._streams.get(command.request_id)
+        if stream is not None:
+            stream.put(command.event)
+
+    def end_streams(self) -> None:
+        """Tell what still listens that nothing more comes."""
+        reason = self.error or "the server stopped before the request was finished"
+        for stream in self._streams.values():
+            stream.put(TokenEvent(None, stream.num_events, "error", reason))
+        self._streams.clear()
+        self.eventlog.close()
 
     def status(self) -> dict[str, Any]:
         return status_object(self.brain.state, {key: process.pid for key, process in self._processes.items()})
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
+    def events(self) -> AsyncGenerator[dict[str, Any], None]:
         return self.eventlog.subscribe()
 
     def health(self) -> tuple[bool, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 KEPT = 1024
@@ -30,7 +30,7 @@ class EventLog:
         self._closed = True
         self._changed.set()
 
-    async def subscribe(self) -> AsyncIterator[dict[str, Any]]:
+    async def subscribe(self) -> AsyncGenerator[dict[str, Any], None]:
         """Events from now on, in order."""
         seen = self._next_id - 1
         while not self._closed:

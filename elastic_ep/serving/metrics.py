@@ -78,13 +78,12 @@ class Metrics:
     def step_committed(self, step_s: float) -> None:
         self._step_time.observe(step_s)
 
-    def step_voided(self) -> None:
-        self._void_steps.inc()
-
     def event(self, kind: str, data: Mapping[str, Any]) -> None:
         """Takes every entry of the event log; counts those that have a metric."""
         if kind == "recovery":
             self.recovered(data)
+        elif kind == "step_void":
+            self._void_steps.inc()
         elif kind == "rank_failed":
             self._rank_failures.labels(str(data.get("cause", "unknown"))).inc()
 

@@ -21,7 +21,7 @@ from elastic_ep.serving.backend import Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.controller import Controller
 from elastic_ep.serving.metrics import Metrics
-from elastic_ep.serving.text import load_tokenizer
+from elastic_ep.serving.text import Tokenizer, load_tokenizer
 
 Announce = Callable[[dict[str, Any]], None]
 
@@ -63,18 +63,24 @@ def serve(config: ServeConfig, host: str, port: int, shutdown_timeout_s: float, 
     Raises InvalidInputError, CheckpointError before any process is started, ServerError when the ranks cannot be brought up.
     """
     spec = inspect_checkpoint(config.checkpoint)
-    config.brain_settings(spec)  # all values checked before anything is started
-    sock = listen(host, port)
-    with sock:
-        return uvloop.run(_serve(config, spec, sock, host, shutdown_timeout_s, announce))
+    config.brain_settings(spec)  # all values are checked before anything is started
+    tokenizer = load_tokenizer(Path(config.checkpoint))
+    with listen(host, port) as sock:
+        return uvloop.run(_serve(config, spec, tokenizer, sock, host, shutdown_timeout_s, announce))
 
 
 async def _serve(
-    config: ServeConfig, spec: ModelSpec, sock: socket.socket, host: str, shutdown_timeout_s: float, announce: Announce
+    config: ServeConfig,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    sock: socket.socket,
+    host: str,
+    shutdown_timeout_s: float,
+    announce: Announce,
 ) -> int:
     metrics = Metrics()
     async with Controller(config, spec, metrics) as controller:
-        app = create_app(controller, load_tokenizer(Path(config.checkpoint)), metrics)
+        app = create_app(controller, tokenizer, metrics)
         http = _Uvicorn(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5))
         http_task = asyncio.create_task(http.serve(sockets=[sock]))
         _stop_on_signals(controller, shutdown_timeout_s)
@@ -97,7 +103,7 @@ async def _serve(
             if controller.error:
                 raise ServerError(str(error)) from None
         finally:
-            controller.eventlog.close()
+            controller.end_streams()
             http.should_exit = True
             await http_task
     if controller.error:

@@ -67,12 +67,13 @@ class World:
                             queue.append(ev.RankFenced(command.rank, command.incarnation))
                     case ev.MakePlan():
                         queue.append(self.make_plan(command))
-                    case ev.EmitToken():
-                        if command.token is not None:
-                            assert command.index == len(self.received[command.request_id]), "a token was lost or came twice"
-                            self.received[command.request_id].append(command.token.token)
-                        if command.finish:
-                            self.finished[command.request_id] = command.finish
+                    case ev.Emit():
+                        event = command.event
+                        if event.token is not None:
+                            assert event.index == len(self.received[command.request_id]), "a token was lost or came twice"
+                            self.received[command.request_id].append(event.token.token)
+                        if event.finish:
+                            self.finished[command.request_id] = event.finish
 
     def make_plan(self, command: ev.MakePlan) -> ev.Planned:
         try:
@@ -146,7 +147,7 @@ class World:
                 return
 
     def submit(self, request_id: str, prompt: list[int], max_tokens: int, eos: frozenset[int] = frozenset()) -> None:
-        self.feed(ev.Submitted(ev.Request(request_id, tuple(prompt), max_tokens, SamplingParams(temperature=0.0), eos)))
+        self.feed(ev.Submitted(ev.GenerationRequest(request_id, tuple(prompt), max_tokens, SamplingParams(temperature=0.0), eos)))
 
     def kill(self, rank: int, cause: ev.FailureCause = ev.FailureCause.EXITED) -> None:
         self.mute.add(rank)

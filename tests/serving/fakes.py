@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from elastic_ep.brain.events import GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import SampledToken
-from elastic_ep.serving.backend import GenerationRequest, TokenEvent
 from elastic_ep.serving.text import TextTokenizer
 
 CORPUS = ["hello world, the quick brown fox jumps over the lazy dog. 你好世界 émoji 🎉🎊 naïve "] * 20

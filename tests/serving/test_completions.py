@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from elastic_ep.brain.events import GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import SampledToken
 from elastic_ep.serving.api.plan import choice_seed
-from elastic_ep.serving.backend import GenerationRequest, TokenEvent
 from elastic_ep.serving.text import TextTokenizer, Tokenizer
 from tests.serving.conftest import COMPLETIONS, Api
 from tests.serving.fakes import FakeBackend, byte_level

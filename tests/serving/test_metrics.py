@@ -36,7 +36,7 @@ def test_recoveries() -> None:
 def test_steps() -> None:
     metrics = Metrics()
     metrics.step_committed(0.02)
-    metrics.step_voided()
+    metrics.event("step_void", {"step": 1})
     found = samples(metrics)
     assert (found["step_time_seconds_sum",], found["void_steps_total",]) == (0.02, 1)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from elastic_ep.brain.events import TokenEvent
 from elastic_ep.serving.api import generate_routes
-from elastic_ep.serving.backend import QueueFull, TokenEvent, Unavailable
+from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.text import TextTokenizer
 from tests.serving.conftest import CHAT, COMPLETIONS, Api, refusal
 from tests.serving.fakes import FakeBackend

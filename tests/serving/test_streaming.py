@@ -11,7 +11,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from elastic_ep.serving.backend import GenerationRequest, QueueFull
+from elastic_ep.brain.events import GenerationRequest
+from elastic_ep.serving.backend import QueueFull
 from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.text import TextTokenizer
 from tests.serving.conftest import CHAT, COMPLETIONS, Api, run_live

@@ -25,7 +25,7 @@ _KINDS: tuple[type, ...] = (
     messages.Shutdown,
 )
 _KIND_OF = {cls: i for i, cls in enumerate(_KINDS)}
-_DECODERS = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]
+_DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]
 _ENCODER = msgspec.msgpack.Encoder()
 _HEADER = struct.Struct("<IB")
 HEADER_BYTES = _HEADER.size
@@ -82,7 +82,7 @@ class MessageBuffer:
 
 
 def receive(sock: socket.socket) -> Any | None:
-    """Read exactly one message from a blocking socket; what follows stays in the kernel, so that it still wakes a poll. None at end-of-file."""
+    """Read exactly one message from a blocking socket, None at end-of-file. What follows stays in the kernel: it still wakes a poll."""
     header = _receive_exactly(sock, HEADER_BYTES)
     if header is None:
         return None

@@ -8,10 +8,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import NamedTuple
 
+from elastic_ep.brain.events import TokenEvent
 from elastic_ep.brain.messages import SampledToken
 from elastic_ep.serving.api.errors import ApiError
 from elastic_ep.serving.api.plan import Plan
-from elastic_ep.serving.backend import Backend, TokenEvent, TokenStream
+from elastic_ep.serving.backend import Backend, TokenStream
 from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.text import TextBuilder, Tokenizer
 

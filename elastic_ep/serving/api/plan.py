@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from elastic_ep.brain.events import GenerationRequest
 from elastic_ep.brain.messages import SamplingParams
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.serving.api.errors import ApiError, bad_request, shown
 from elastic_ep.serving.api.requests import ChatCompletionRequest, CompletionRequest, GenerationBody
-from elastic_ep.serving.backend import Backend, GenerationRequest
+from elastic_ep.serving.backend import Backend
 from elastic_ep.serving.text import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
