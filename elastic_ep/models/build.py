@@ -22,7 +22,12 @@ IMPLEMENTATION = "elastic_ep"
 
 def build_model(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
     """The model on the meta device, in eval mode, its experts' parameters removed, its computed buffers real."""
-    config = AutoConfig.for_model(**json.loads((spec.directory / "config.json").read_text()))
+    raw = json.loads((spec.directory / "config.json").read_text()) | {"model_type": spec.family.model_type}
+    try:
+        config = AutoConfig.for_model(**raw)
+    except Exception as error:  # its validators raise many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"transformers refuses {spec.directory / 'config.json'}: {reason}; download it again") from error
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION

@@ -19,7 +19,7 @@ _SEED = 20
 
 def demo_config() -> Qwen3MoeConfig:
     """Hidden 512, 8 layers of 24 experts (top 4), vocabulary of 256 bytes and one end token."""
-    return Qwen3MoeConfig(
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=257,
         hidden_size=512,
         num_hidden_layers=8,
@@ -43,7 +43,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False
+    )
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
@@ -71,7 +73,7 @@ def ensure_demo_checkpoint(folder: str | Path) -> Path:
 def _write(folder: Path) -> None:
     config = demo_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
@@ -85,10 +87,10 @@ def _write(folder: Path) -> None:
         unprintable = [i for i in range(config.vocab_size) if not 32 <= i < 127]
         model.lm_head.weight[unprintable] *= 0.02  # the text shows in any terminal, and does not end by chance
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     if shown:
-        logging.enable_progress_bar()
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     byte_tokenizer().save_pretrained(folder)
 
 

@@ -1,14 +1,14 @@
 """How many rows make a row's bits independent of the others, and the check that this processor's libraries keep to it.
 
-Two rules of the CPU libraries make a row depend on its batch, and both are met by padding: matrix products of fewer than `MIN_ROWS`
-rows take another kernel; a vectorised elementwise function handles the last elements of the flat array, those that do not fill two
-vectors, by another routine.
+Products, norms and attention go through our own kernels, where a row knows no other. What transformers computes by itself is left:
+its routers multiply by the library, which takes another kernel below `MIN_ROWS` rows; and its vectorised elementwise functions handle
+the last elements of a flat array, those that do not fill two vectors, by another routine. Padding the step's rows meets both.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -30,11 +30,12 @@ def padded_rows(count: int, multiple: int) -> int:
     return -(-max(count, MIN_ROWS) // multiple) * multiple
 
 
-def check_matmul(weights: Iterable[torch.Tensor]) -> None:
+def check_matmul(weights: Iterable[torch.Tensor], multiply: Callable[..., torch.Tensor] = torch.matmul) -> None:
     """Compare each row of x @ weight over several numbers of rows, bit by bit, once per shape and layout.
 
     Args:
         weights: [in, out] as they are multiplied (transposed views count as their own layout).
+        multiply: the product to judge.
 
     Raises ElasticEPError naming the shape where this processor's library does not keep a row's bits.
     """
@@ -46,9 +47,9 @@ def check_matmul(weights: Iterable[torch.Tensor]) -> None:
             continue
         seen.add(key)
         x = torch.randn(max(_PROBE_ROWS), weight.shape[0], generator=generator).to(weight.dtype)
-        full = x @ weight
+        full = multiply(x, weight)
         for rows in _PROBE_ROWS:
-            if not torch.equal(x[-rows:].clone() @ weight, full[-rows:]):
+            if not torch.equal(multiply(x[-rows:].clone(), weight), full[-rows:]):
                 raise ElasticEPError(
                     f"on this processor a {weight.dtype} product with a {list(weight.shape)} matrix gives other bits for {rows} rows than "
                     f"for {len(full)}, so tokens could differ after a failure; serve with fast math if that is acceptable"

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from elastic_ep.brain.messages import SamplingParams, SequenceWork
-from elastic_ep.core.errors import InvalidInputError, WrongExpertError
+from elastic_ep.core.errors import ElasticEPError, InvalidInputError, WrongExpertError
 from elastic_ep.models.demo_checkpoint import ensure_demo_checkpoint
 from elastic_ep.models.engine import ElasticEngine
-from elastic_ep.models.rows import padded_rows, row_multiple
+from elastic_ep.models.rows import check_matmul, padded_rows, row_multiple
 from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interrupted, PeerFailed
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
 from elastic_ep.runtime.engine import StepOutput
@@ -154,6 +154,14 @@ def test_close_twice(checkpoint: Callable[..., Path]) -> None:
     world.engine.close()
     world.engine.close()
     ElasticEngine(checkpoint("gpt_oss"), 0, 1, 64).close()
+
+
+def test_a_library_that_mixes_rows_is_found() -> None:
+    """The check passes here, and names the shape where products depend on the number of rows."""
+    weights = [torch.randn(64, 8), torch.randn(8, 64).t()]
+    check_matmul(weights)
+    with pytest.raises(ElasticEPError, match=r"\[64, 8\] matrix gives other bits for 4 rows.*fast math"):
+        check_matmul(weights, lambda x, w: x @ w + (len(x) > 16) * 1e-3)
 
 
 def test_row_padding() -> None:

@@ -80,9 +80,10 @@ def test_variants(family: str, changes: dict, tmp_path: Path) -> None:
     assert torch.equal(world.logits_at(1, prompt, [70])[69], alone[69])
 
 
-def test_sharded_files_and_another_dtype(tmp_path: Path) -> None:
-    """An index over many files; bfloat16 weights served as float32."""
-    folder = save_checkpoint(tmp_path / "model", config_of("qwen3_moe"), "bfloat16", max_shard_size="60KB")
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_sharded_files_and_another_dtype(stored: str, tmp_path: Path) -> None:
+    """An index over many files; half-precision weights served as float32."""
+    folder = save_checkpoint(tmp_path / "model", config_of("qwen3_moe"), stored, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
     prompt = prompts(random.Random(15))[1]
     assert World(folder, dtype="float32").generate(1, prompt, 32) == reference(folder, prompt, 32)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from elastic_ep.brain.messages import SequenceWork
+from elastic_ep.models.demo_checkpoint import ensure_demo_checkpoint
 from tests.checkpoints import FAMILIES
 from tests.models.world import GREEDY, World
 
@@ -87,6 +88,19 @@ class TestBits:
         world.step([SequenceWork(2, 50, tuple(others[50:]), GREEDY)])
         world.step([SequenceWork(2, 50, tuple(tokens[50:]), GREEDY)])
         assert torch.equal(world.engine.logits[2], expected[89])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_real_sizes(dtype: str, tmp_path_factory: pytest.TempPathFactory, rng: random.Random) -> None:
+    """The demo's model: a prompt of 600 tokens at once, in chunks beside decodes, and its last tokens one by one."""
+    world = World(ensure_demo_checkpoint(tmp_path_factory.getbasetemp() / "demo"), dtype=dtype)
+    tokens = [rng.randrange(256) for _ in range(600)]
+    at_once = world.logits_at(1, tokens, [600])[599]
+    assert torch.equal(world.logits_at(1, tokens, [*random_cuts(rng, 592), *range(593, 601)])[599], at_once)
+    others = [SequenceWork(10 + i, 0, tuple(rng.randrange(256) for _ in range(rng.randrange(1, 9))), GREEDY) for i in range(20)]
+    world.step([SequenceWork(1, 0, tuple(tokens[:577]), None)])
+    world.step([*others, SequenceWork(1, 577, tuple(tokens[577:]), GREEDY)])
+    assert torch.equal(world.engine.logits[1], at_once)
 
 
 def test_the_company_test_can_fail(checkpoint: Callable[..., Path]) -> None:
