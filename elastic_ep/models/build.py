@@ -29,7 +29,7 @@ def build_model(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"transformers refuses {spec.directory / 'config.json'}: {reason}; download it again") from error
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, experts_implementation=IMPLEMENTATION
         )
     model.train(False).requires_grad_(False)

@@ -43,9 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab=dict(zip(alphabet, range(256), strict=True)), merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=core, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
@@ -73,7 +71,7 @@ def ensure_demo_checkpoint(folder: str | Path) -> Path:
 def _write(folder: Path) -> None:
     config = demo_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
@@ -87,10 +85,10 @@ def _write(folder: Path) -> None:
         unprintable = [i for i in range(config.vocab_size) if not 32 <= i < 127]
         model.lm_head.weight[unprintable] *= 0.02  # the text shows in any terminal, and does not end by chance
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     if shown:
-        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.enable_progress_bar()
     byte_tokenizer().save_pretrained(folder)
 
 

@@ -114,10 +114,11 @@ class ElasticEngine:
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
     ) -> StepOutput | PeerFailed | Interrupted:
-        """One forward over `work` (possibly empty); see `Engine`. Raises InvalidInputError when the KV pages do not suffice."""
+        """One forward over `work` (possibly empty); see `Engine`. Raises InvalidInputError for impossible work: tokens or KV."""
         for seq_id in release:
             self.kv.release(seq_id)
         for item in work:
+            self._check_tokens(item)
             self.kv.extend(item.seq_id, item.start, len(item.tokens))
         num_tokens = sum(len(item.tokens) for item in work)
         state = StepState(routing, dispatcher, step, num_tokens, [] if self._count_experts else None)
@@ -130,6 +131,13 @@ class ElasticEngine:
             return void.outcome
         counts = None if state.counts is None else [layer.tolist() for layer in state.counts]
         return StepOutput(self._sample(work, logits), counts)
+
+    def _check_tokens(self, item: SequenceWork) -> None:
+        if not item.tokens:
+            raise InvalidInputError(f"sequence {item.seq_id} has no tokens in its work; leave it out of the step")
+        worst = min(item.tokens) if min(item.tokens) < 0 else max(item.tokens)
+        if not 0 <= worst < self.spec.vocab_size:
+            raise InvalidInputError(f"sequence {item.seq_id} has token {worst}; the vocabulary has ids 0 to {self.spec.vocab_size - 1}")
 
     def close(self) -> None:
         """Free everything. A second call does nothing."""

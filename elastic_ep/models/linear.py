@@ -83,6 +83,7 @@ class RowLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         weight, bias = self.weight, self.bias
+        assert x.dtype == weight.dtype
         out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         table = (0, x.numel() // self.in_features, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
         is_bf16 = x.dtype == torch.bfloat16
@@ -113,6 +114,7 @@ class RowNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
+        assert x.dtype == self.weight.dtype
         out = torch.empty_like(x)
         dim = x.shape[-1]
         is_bf16 = x.dtype == torch.bfloat16

@@ -149,6 +149,16 @@ def test_bad_options(options: dict[str, Any], words: str, tmp_path: Path) -> Non
         ElasticEngine(tmp_path, **({"rank": 0, "local_slots": 1, "kv_tokens": 64} | options))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [((), "has no tokens"), ((3, 160, 4), "token 160; the vocabulary has ids 0 to 159"), ((5, -1), "token -1")],
+)
+def test_impossible_work(tokens: tuple[int, ...], words: str, checkpoint: Callable[..., Path]) -> None:
+    world = World(checkpoint("mixtral"))
+    with pytest.raises(InvalidInputError, match=f"sequence 4 has {words}|sequence 4 {words}"):
+        world.step([SequenceWork(4, 0, tokens, GREEDY)])
+
+
 def test_close_twice(checkpoint: Callable[..., Path]) -> None:
     world = World(checkpoint("gpt_oss"))
     world.engine.close()
