@@ -14,30 +14,24 @@ import os
 import resource
 import selectors
 import socket
+import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import uvloop
 
 from elastic_ep.brain.events import GenerationRequest
-from elastic_ep.brain.messages import (
-    DenseLoaded,
-    Hello,
-    Install,
-    Installed,
-    LoadedSlot,
-    RunStep,
-    SampledToken,
-    SamplingParams,
-    Shutdown,
-    StepDone,
-)
+from elastic_ep.brain.messages import DenseLoaded, Hello, SamplingParams
 from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.control.wire import MessageBuffer, encode
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.controller import Controller
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stub_ranks import answer, spec
 
 AIMS_MS = {4: 0.3, 16: 0.6, 64: 2.0, 320: 8.0}
 SEQUENCES_PER_RANK = 4
@@ -68,18 +62,6 @@ def stubs(address: str, token: str, ranks: range) -> None:
                 sock.close()
 
 
-def answer(message: Any) -> Any:
-    match message:
-        case Install():
-            loaded = tuple(LoadedSlot(order.layer, order.slot, order.expert, 1) for order in message.loads)
-            return Installed(message.epoch, loaded, 0, 0.0)
-        case RunStep():
-            tokens = tuple(SampledToken(work.seq_id, 7) for work in message.work if work.sample is not None)
-            return StepDone(message.epoch, message.step, tokens, 0.0)
-        case Shutdown():
-            return None
-
-
 class StubController(Controller):
     """The controller, with stub ranks in place of processes it launched."""
 
@@ -94,10 +76,8 @@ class StubController(Controller):
 
 
 async def measure(ep_size: int, detect: bool) -> dict[str, float]:
-    experts = max(8, ep_size)
-    spec = SimpleNamespace(num_experts=experts, num_layers=4, expert_bytes=1, max_positions=1 << 20, vocab_size=100)
     config = ServeConfig("stub", ep_size, kv_tokens=1 << 20, detect=detect)
-    async with StubController(config, spec) as controller:  # type: ignore[arg-type]
+    async with StubController(config, spec(max(8, ep_size))) as controller:
         await controller.wait_serving()
 
         async def consume(i: int) -> None:

@@ -59,13 +59,21 @@ def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
         state.out.append(Send(rank, message))
 
 
-def record_loaded(state: BrainState, loaded: Iterable[LoadedSlot]) -> None:
+def record_loaded(state: BrainState, seat: Seat, loaded: Iterable[LoadedSlot], now: float) -> bool:
+    """Take over what a rank has loaded. The first digest of an expert is the one to match: a rank that read other bytes is given up."""
     for slot in loaded:
+        known = state.digests.setdefault((slot.layer, slot.expert), slot.digest)
+        if known != slot.digest:
+            detail = f"layer {slot.layer} expert {slot.expert}: digest {slot.digest:016x}, read before as {known:016x}"
+            members.fail(state, seat.rank, FailureCause.FATAL, detail, now)
+            return False
         state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest)
+    return True
 
 
 def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) -> None:
-    record_loaded(state, message.loaded)
+    if not record_loaded(state, seat, message.loaded, now):
+        return
     if state.record:
         state.record.bytes_moved["checkpoint"] += message.bytes_read
     if state.install is None or message.epoch != state.install.number:
@@ -84,7 +92,8 @@ def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) 
 
 
 def on_install_failed(state: BrainState, seat: Seat, message: InstallFailed, now: float) -> None:
-    record_loaded(state, message.loaded)
+    if not record_loaded(state, seat, message.loaded, now):
+        return
     if state.install is None or message.epoch != state.install.number:
         return
     if message.error:

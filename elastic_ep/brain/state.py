@@ -41,6 +41,7 @@ class BrainState:
         membership: of the newest epoch, installed or not.
         step, install: the transaction in flight, if any; never both.
         record: the recovery under way; `recoveries` keeps the finished ones.
+        digests: (layer, expert) -> digest of its bytes as first read.
         release: rank -> sequences whose KV it may free, told with its next step.
         out: the commands that the event in hand has led to.
     """
@@ -52,6 +53,7 @@ class BrainState:
         self.membership = Membership.all_active(ep_size)
         self.group = GroupState()
         self.contents = SlotContents(settings.num_layers, settings.topology.num_slots)
+        self.digests: dict[tuple[int, int], int] = {}
         self.requests = RequestTable()
         self.plan: GroupPlan | None = None
         self.step: Transaction | None = None

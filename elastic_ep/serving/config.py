@@ -114,6 +114,7 @@ class ServeConfig:
             bytes_per_expert=spec.expert_bytes,
             plan=PlanSettings(spec.num_experts, stream_when_short=self.when_short == "stream"),
             limits=self.limits(),
+            install_timeout_s=self.step_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s if self.detect else float("inf"),
             step_timeout_s=self.step_timeout_s,
             max_waiting=self.max_waiting,

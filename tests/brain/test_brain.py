@@ -8,7 +8,7 @@ import pytest
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain.events import FailureCause
-from elastic_ep.brain.messages import DenseLoaded, Hello, Install, InstallFailed, RankFatal, RunStep, Shutdown, StepDone, StepFailed
+from elastic_ep.brain.messages import DenseLoaded, Hello, Install, Installed, InstallFailed, LoadedSlot, RankFatal, RunStep, Shutdown, StepDone, StepFailed
 from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.core.recovery import Phase, Tier
 from tests.brain.harness import World, expected
@@ -480,3 +480,18 @@ def test_install_names_only_members_and_own_slots():
     for rank, message in installs:
         assert set(message.peers) == {0, 2, 3}
         assert all(order.slot // 3 == rank for order in message.loads)
+
+
+def test_a_copy_with_another_digest_is_refused():
+    world = World().boot()
+    serve_all(world)
+    world.inbox.clear()
+    world.kill(1)
+    ((rank, install),) = [(r, m) for r, m in world.inbox if isinstance(m, Install) and m.loads]
+    loaded = [LoadedSlot(order.layer, order.slot, order.expert, 8) for order in install.loads]
+    world.mute.add(rank)
+    world.say(rank, Installed(install.epoch, tuple(loaded), 1000, 0.1))
+    assert f"fatal: layer {loaded[0].layer} expert {loaded[0].expert}: digest" in world.brain.state.seats[rank].failure
+    assert world.brain.state.contents.experts[loaded[0].layer, loaded[0].slot] == -1
+    world.settle()
+    check_all(world)
