@@ -19,5 +19,12 @@ setup(
             extra_compile_args=COMPILE_ARGS,
             optional=True,
         ),
+        Extension(
+            "elastic_ep.core.eplb._native",
+            ["elastic_ep/core/eplb/_native.c"],
+            depends=[f"elastic_ep/core/eplb/native/{name}.h" for name in ("layer", "pack", "quotas", "refine", "repair", "solve")],
+            extra_compile_args=COMPILE_ARGS,
+            optional=True,
+        ),
     ]
 )

@@ -1,0 +1,208 @@
+/* What a row lacks: lost experts, distinct failure domains, partners, and use for empty slots. Mirrors reference/repair.py. */
+
+#ifndef ELASTIC_EP_REPAIR_H
+#define ELASTIC_EP_REPAIR_H
+
+#include "layer.h"
+#include "pack.h"
+
+/* Give every expert that no slot holds one, heaviest first, where it raises the peak least; empty slots before others. */
+static i64 cover(Layer *s) {
+    i64 E = s->num_experts, moves = 0, lost = 0;
+    for (i64 e = 0; e < E; e++) lost += s->count[e] == 0;
+    if (!lost) return 0;
+    sort_descending(s->weight, s->order, E);
+    for (i64 oi = 0; oi < E && moves < lost; oi++) {
+        i64 e = s->order[oi], best = -1, grade_best = 4;
+        if (s->count[e]) continue;
+        double top = INFINITY, w = s->weight[e];
+        for (i64 i = 0; i < s->num_live; i++) {
+            i64 r = s->live[i];
+            for (i64 t = s->first[r]; t < s->last[r]; t++) {
+                i64 v = s->place[t], grade = 0;
+                double peak = s->load[r] + w;
+                if (v != FREE) {
+                    if (s->count[v] == 1 || s->spare[v] <= 1 || s->covers[t]) continue;
+                    grade = may_drop(s, v, r) ? 1 : 2;
+                    if (grade > grade_best) continue;
+                    peak -= s->share[v];
+                    double other = peak_without(s, t);
+                    if (other > peak) peak = other;
+                }
+                if (grade < grade_best || (grade == grade_best && peak < top)) { grade_best = grade; top = peak; best = t; }
+            }
+        }
+        if (best < 0) return -1;
+        i64 v = s->place[best];
+        if (v != FREE) { s->spare[v]--; clear(s, best); }
+        fill(s, best, e);
+        s->covers[best] = 1;
+        s->reference[best] = (i32)e;
+        moves++;
+    }
+    return moves;
+}
+
+/* Where to bring an expert that needs a new failure domain. */
+typedef struct {
+    i64 off, slot, back; /* whether it is off its partners (2: no option yet), the slot, the slot given in exchange or -1 */
+    double peak;
+} Option;
+
+static inline void consider(Option *best, i64 off, double peak, i64 slot, i64 back) {
+    if (off != best->off ? off > best->off : peak != best->peak ? peak > best->peak : slot != best->slot ? slot > best->slot : back >= best->back)
+        return;
+    best->off = off;
+    best->peak = peak;
+    best->slot = slot;
+    best->back = back;
+}
+
+/* Whether a rank is in a domain that an expert has not yet; `off` tells whether it is a partner of all its hosts. */
+static int is_new_domain(Layer *s, i64 e, i64 r, i64 *off) {
+    *off = 0;
+    for (i32 t = s->head[e]; t >= 0; t = s->next[t]) {
+        i64 q = s->rank_of_slot[t];
+        if (s->domain[q] == s->domain[r]) return 0;
+        if (!is_partner(s, r, q)) *off = 1;
+    }
+    return 1;
+}
+
+/* One more replica: into an empty slot or one whose expert can spare it. One move. */
+static Option find_added(Layer *s, i64 e) {
+    Option best = {2, -1, -1, INFINITY};
+    double gain = s->more[e];
+    for (i64 i = 0; i < s->num_live; i++) {
+        i64 r = s->live[i], off;
+        if (!is_new_domain(s, e, r, &off) || off > best.off) continue;
+        for (i64 t = s->first[r]; t < s->last[r]; t++) {
+            i64 v = s->place[t];
+            double peak = s->load[r] + gain;
+            if (v != FREE) {
+                if (s->covers[t] || !may_drop(s, v, r)) continue;
+                peak -= s->share[v];
+                double other = peak_without(s, t);
+                if (other > peak) peak = other;
+            }
+            consider(&best, off, peak, t, -1);
+        }
+    }
+    return best;
+}
+
+/* Exchange a replica that shares its domain with another, or its place with no partner, for a slot elsewhere. Two moves. */
+static Option find_exchange(Layer *s, i64 e, int for_partners) {
+    Option best = {2, -1, -1, INFINITY};
+    i64 has = num_domains(s, e, -1, -1);
+    for (i32 b = s->head[e]; b >= 0; b = s->next[b]) {
+        i64 q = s->rank_of_slot[b];
+        if (s->covers[b] || (!for_partners && num_domains(s, e, q, -1) != has)) continue;
+        for (i64 i = 0; i < s->num_live; i++) {
+            i64 r = s->live[i], off = 0, ok = !s->on[e * s->num_ranks + r];
+            for (i32 t = s->head[e]; t >= 0 && ok; t = s->next[t]) {
+                i64 h = s->rank_of_slot[t];
+                if (h == q) continue;
+                ok = s->domain[h] != s->domain[r];
+                if (!is_partner(s, r, h)) off = 1;
+            }
+            if (!ok || off > best.off || (for_partners && off)) continue;
+            for (i64 t = s->first[r]; t < s->last[r]; t++) {
+                i64 v = s->place[t];
+                if (v == FREE || s->covers[t] || s->on[v * s->num_ranks + q] || !may_shift(s, v, r, q)) continue;
+                double step = s->share[e] - s->share[v], x = s->load[r] + step, y = s->load[q] - step;
+                double peak = x > y ? x : y;
+                consider(&best, off, peak, t, b);
+            }
+        }
+    }
+    return best;
+}
+
+/* Bring experts to `need` distinct failure domains, level by level, heaviest first. Returns the moves made. */
+static i64 spread(Layer *s, i64 budget) {
+    i64 E = s->num_experts, moves = 0;
+    for (i64 want = 2; want <= s->need; want++) {
+        i64 listed = 0;
+        i32 *list = s->list;
+        sort_descending(s->weight, s->order, E);
+        for (i64 i = 0; i < E; i++)
+            if (num_domains(s, s->order[i], -1, -1) < want) list[listed++] = s->order[i];
+        for (i64 li = 0; li < listed && moves < budget; li++) {
+            i64 e = list[li];
+            Option best = find_added(s, e);
+            if (best.slot >= 0) {
+                if (s->place[best.slot] != FREE) clear(s, best.slot);
+                fill(s, best.slot, e);
+                moves++;
+                continue;
+            }
+            if (moves + 2 > budget) continue;
+            best = find_exchange(s, e, 0);
+            if (best.slot < 0) continue;
+            exchange(s, best.slot, best.back);
+            moves += 2;
+        }
+    }
+    return moves;
+}
+
+/* Whether an expert with no replica to spare has hosts that are no partners. */
+static int is_unpaired(const Layer *s, i64 e) {
+    if (s->count[e] > s->need) return 0;
+    for (i32 t = s->head[e]; t >= 0; t = s->next[t])
+        for (i32 u = s->next[t]; u >= 0; u = s->next[u])
+            if (!is_partner(s, s->rank_of_slot[t], s->rank_of_slot[u])) return 1;
+    return 0;
+}
+
+/* Exchange replicas until experts live on partners where that can be had: few distinct sets of ranks then lose anything. */
+static void pair_up(Layer *s) {
+    for (i64 e = 0; e < s->num_experts; e++) {
+        if (s->count[e] != 2 || !is_unpaired(s, e)) continue;
+        Option best = find_exchange(s, e, 1);
+        if (best.slot >= 0) exchange(s, best.slot, best.back);
+    }
+}
+
+/* Spend empty slots, those of the least loaded rank first, on replicas that relieve the peak rank most; where none can, of the expert
+ * whose replicas carry most (the one with fewest among equals). Returns the moves made. */
+static i64 fill_free(Layer *s, i64 budget) {
+    i64 E = s->num_experts, R = s->num_ranks, moves = 0, open = 0;
+    i32 *slot_of = s->near;
+    for (i64 i = 0; i < s->num_live; i++) {
+        i64 r = s->live[i];
+        slot_of[i] = -1;
+        for (i64 t = s->last[r] - 1; t >= s->first[r]; t--)
+            if (s->place[t] == FREE) slot_of[i] = (i32)t;
+        open += slot_of[i] >= 0;
+    }
+    while (open && moves < budget) {
+        i64 at = -1, best = -1;
+        for (i64 i = 0; i < s->num_live; i++)
+            if (slot_of[i] >= 0 && (at < 0 || s->load[s->live[i]] < s->load[s->live[at]])) at = i;
+        i64 r = s->live[at], m = peak_rank(s);
+        double relief = 0.0;
+        for (i64 t = s->first[m]; t < s->last[m]; t++) {
+            i64 e = s->place[t];
+            if (e == FREE || s->on[e * R + r] || s->load[r] + s->more[e] > s->load[m]) continue;
+            double d = s->share[e] - s->more[e];
+            if (d > relief) { relief = d; best = e; }
+        }
+        if (best < 0)
+            for (i64 e = 0; e < E; e++)
+                if (!s->on[e * R + r] && (best < 0 || s->share[e] > s->share[best] ||
+                                          (s->share[e] == s->share[best] && s->count[e] < s->count[best])))
+                    best = e;
+        if (best < 0) { slot_of[at] = -1; open--; continue; }
+        fill(s, slot_of[at], best);
+        moves++;
+        i64 t = slot_of[at];
+        while (t < s->last[r] && s->place[t] != FREE) t++;
+        slot_of[at] = t < s->last[r] ? (i32)t : -1;
+        open -= slot_of[at] < 0;
+    }
+    return moves;
+}
+
+#endif
