@@ -138,7 +138,8 @@ def main() -> None:
         print(f"{name:16} {row['faults']:6} {row['p50_ms']:8.2f} {row['p99_ms']:8.2f} {row['max_ms']:8.2f} {row['aim_ms']:10.0f}")
     if "overload" in result:
         row = result["overload"]
-        print(f"overload: {row['false_deaths']} false deaths in {row['minutes']:g} minutes, {row['steps']} steps, {row['busy_processes']} busy processes")
+        busy = f"{row['busy_processes']} busy processes, {row['steps']} steps"
+        print(f"overload: {row['false_deaths']} false deaths in {row['minutes']:g} minutes beside {busy}")
 
 
 if __name__ == "__main__":

@@ -55,12 +55,15 @@ def stub_rank(config: dict[str, Any]) -> int:
     send(Hello(config["rank"], 0, os.getpid(), "stub", config["token"], f"unix:/stub{config['rank']}"))
     threading.Thread(target=beat, daemon=True).start()
     send(DenseLoaded(0, 0.0))
-    while (message := receive(sock)) is not None:
-        if isinstance(message, RunStep):
-            time.sleep(config["step_s"])
-        reply = answer(message)
-        if reply is not None:
-            send(reply)
+    try:
+        while (message := receive(sock)) is not None:
+            if isinstance(message, RunStep):
+                time.sleep(config["step_s"])
+            reply = answer(message)
+            if reply is not None:
+                send(reply)
+    except OSError:
+        pass  # the controller is gone
     return 0
 
 

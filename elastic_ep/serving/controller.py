@@ -34,8 +34,6 @@ from elastic_ep.serving.stream import RequestStream
 
 log = logging.getLogger(__name__)
 
-EXIT_GRACE_S = 0.005
-"""How long the less telling sign of a death waits for the more telling: a closed channel for the exit, the exit for its status."""
 SHUTDOWN_TIMEOUT_S = 5.0
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
@@ -233,8 +231,11 @@ class Controller:
         key = (link.hello.rank, link.hello.incarnation)
         self._links.pop(key, None)
         process = self._processes.get(key)
-        if process is None or not process.has_exited:
-            self._loop.call_later(EXIT_GRACE_S, self._fail, *key, FailureCause.CHANNEL_CLOSED, "")
+        state = process.state() if process else None
+        if state is not None and state.is_ending:
+            self._fail(*key, FailureCause.EXITED, state.exit)
+        else:
+            self._fail(*key, FailureCause.CHANNEL_CLOSED, "")
 
     def _fail(self, rank: int, incarnation: int, cause: FailureCause, detail: str) -> None:
         if self.config.detect and not self.stopped.is_set():
@@ -248,14 +249,12 @@ class Controller:
             process.watch()
         elif event.kind == "stopped":
             self._fail(*key, FailureCause.STOPPED, event.status)
-        elif event.kind == "exited":
-            self._fail(*key, FailureCause.EXITED, event.status)
 
     def _on_exit(self, rank: int, incarnation: int) -> None:
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
-        self._loop.call_later(EXIT_GRACE_S, self._fail, rank, incarnation, FailureCause.EXITED, "")
+        self._fail(rank, incarnation, FailureCause.EXITED, self._processes[rank, incarnation].state().exit)
 
     def _on_launcher_lost(self) -> None:
         if not self.stopped.is_set():
@@ -274,13 +273,15 @@ class Controller:
 
     def _probe(self, rank: int, incarnation: int) -> None:
         process = self._processes.get((rank, incarnation))
-        state = process.state() if process else ""
-        if state in ("R", "S", "D"):
-            self._feed(ev.RankRuns(rank, incarnation))
-        elif state in ("T", "t"):
+        state = process.state() if process else None
+        if state is None:
+            self._fail(rank, incarnation, FailureCause.HEARTBEAT, f"silent for {self.settings.heartbeat_timeout_s:g} s")
+        elif state.is_ending:
+            self._fail(rank, incarnation, FailureCause.EXITED, state.exit)
+        elif state.letter in ("T", "t"):
             self._fail(rank, incarnation, FailureCause.STOPPED, "seen stopped")
         else:
-            self._fail(rank, incarnation, FailureCause.HEARTBEAT, f"silent for {self.settings.heartbeat_timeout_s:g} s")
+            self._feed(ev.RankRuns(rank, incarnation))
 
     # ---- Backend
 

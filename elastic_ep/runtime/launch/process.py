@@ -6,6 +6,23 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from typing import NamedTuple
+
+_FLAGS, _EXIT_CODE = 6, 49
+"""places in /proc/PID/stat after the command's name"""
+_PF_EXITING = 0x4
+
+
+class ProcessState(NamedTuple):
+    """Attributes:
+    letter: "R" running, "S" sleeping, "D" in the kernel, "T" stopped, "Z" ended; "" when it is gone.
+    is_ending: it runs no more of its program, though the kernel may still be freeing its memory.
+    exit: how it ends, in words, if it does and the kernel tells.
+    """
+
+    letter: str
+    is_ending: bool
+    exit: str
 
 
 class LocalProcess:
@@ -47,10 +64,18 @@ class LocalProcess:
             os.close(self._fd)
             self._fd = -1
 
-    def state(self) -> str:
-        """The kernel's letter for it ("R" running, "S" sleeping, "T" stopped, "Z" ended, …; proc(5)), "" when it is gone."""
+    def state(self) -> ProcessState:
+        """What the kernel says of it now (proc(5))."""
         try:
             with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:
-                return file.read().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return ""
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return ProcessState("", True, "")
+        ending = bool(int(fields[_FLAGS]) & _PF_EXITING) or fields[0] in "ZX"
+        return ProcessState(fields[0], ending, describe_exit(int(fields[_EXIT_CODE])) if ending else "")
+
+
+def describe_exit(wait_status: int) -> str:
+    """A wait status in words: "signal SIGKILL", "status 4"."""
+    number = wait_status & 0x7F
+    return f"signal {signal.Signals(number).name}" if number else f"status {wait_status >> 8}"
