@@ -15,7 +15,8 @@ setup(
         ),
         Extension(
             "elastic_ep.runtime.dispatch._rows",
-            ["elastic_ep/runtime/dispatch/_rows.c"],
+            ["elastic_ep/runtime/dispatch/_rows.c", "elastic_ep/runtime/dispatch/_link.c"],
+            depends=["elastic_ep/runtime/dispatch/_native.h", "elastic_ep/runtime/dispatch/_kernels.h"],
             extra_compile_args=COMPILE_ARGS,
             optional=True,
         ),

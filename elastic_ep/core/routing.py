@@ -74,9 +74,15 @@ class RoutingTable:
         The i-th pair draws u = frac(i φ + step ρ + source_rank ρ²) (a low-discrepancy sequence) and goes to the first replica whose
         cumulative quota exceeds u. It affects the load of the ranks, never a result.
         """
+        stride, at_step, at_source = sequence_phases(source_rank, step)
         pairs = np.arange(topk_ids.size, dtype=np.float64).reshape(topk_ids.shape)
-        u = np.mod(pairs * _GOLDEN + step * _PLASTIC + source_rank * _PLASTIC * _PLASTIC, 1.0)
+        u = np.mod(pairs * stride + at_step + at_source, 1.0)
         cumulative = self.cumulative_quota[layer][topk_ids]
         choice = (cumulative <= u[..., None]).sum(-1)
         ranks: NDArray[np.int32] = np.take_along_axis(self.replica_rank[layer][topk_ids], choice[..., None], -1)[..., 0]
         return ranks
+
+
+def sequence_phases(source_rank: int, step: int) -> tuple[float, float, float]:
+    """(φ, step ρ, source_rank ρ²): pair i draws frac(i φ + step ρ + source_rank ρ²), the sums taken in this order."""
+    return _GOLDEN, step * _PLASTIC, source_rank * _PLASTIC * _PLASTIC

@@ -25,11 +25,11 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def make_world(folder: Path) -> Iterator[Callable[..., World]]:
+def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
     """make_world(backend, num_ranks, **options of the socket backend) -> a connected World, closed at the end.
 
     Backends: `local`; `unix` (rows in shared memory); `inline` (Unix, rows in the stream); `page` (Unix, one page of shared memory:
-    only small batches fit); `tcp`; `mixed` (odd ranks listen on TCP).
+    only small batches fit); `numpy` (as `unix`, as if the extension had not been built); `tcp`; `mixed` (odd ranks listen on TCP).
     """
     worlds: list[World] = []
 
@@ -39,6 +39,9 @@ def make_world(folder: Path) -> Iterator[Callable[..., World]]:
         return f"unix:{folder}/w{len(worlds)}r{rank}"
 
     def make(backend: str, num_ranks: int, interrupts: dict[int, Any] | None = None, **options: Any) -> World:
+        if backend == "numpy":
+            for module in ("rows", "socket"):
+                monkeypatch.setattr(f"elastic_ep.runtime.dispatch.{module}.compiled", None)
         if backend == "local":
             world = World({r: LocalDispatcher() for r in range(num_ranks)}, {0: "local"})
         else:

@@ -15,7 +15,18 @@ from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
 
-BACKENDS = [("local", 1), ("unix", 1), ("unix", 2), ("unix", 3), ("unix", 4), ("inline", 3), ("page", 3), ("tcp", 3), ("mixed", 4)]
+BACKENDS = [
+    ("local", 1),
+    ("unix", 1),
+    ("unix", 2),
+    ("unix", 3),
+    ("unix", 4),
+    ("numpy", 3),
+    ("inline", 3),
+    ("page", 3),
+    ("tcp", 3),
+    ("mixed", 4),
+]
 HIDDEN = 12
 pytestmark = pytest.mark.timeout(60)
 
@@ -58,11 +69,12 @@ def test_sums_have_the_oracles_bits(make_world: Any, backend: str, num_ranks: in
 
 
 @pytest.mark.parametrize(("backend", "num_ranks"), BACKENDS)
-def test_rows_are_grouped_by_expert_then_source_then_token(make_world: Any, backend: str, num_ranks: int) -> None:
+@pytest.mark.parametrize("step", [3, 10**7 + 1])
+def test_rows_are_grouped_by_expert_then_source_then_token(make_world: Any, backend: str, num_ranks: int, step: int) -> None:
     world = make_world(backend, num_ranks)
     rng = np.random.default_rng(7)
     routing = make_routing(rng, world.ranks, 6)
-    at = StepPoint(1, 3, 1)
+    at = StepPoint(1, step, 1)
     batches = {}
     for rank in world.ranks:
         batch = make_batch(rng, 9, 3, 6, 2, torch.float32)
@@ -71,7 +83,7 @@ def test_rows_are_grouped_by_expert_then_source_then_token(make_world: Any, back
     handles = run_ranks(
         {r: lambda r=r, b=b: world.dispatchers[r].dispatch(b.x, b.topk_ids, b.topk_weights, routing, at) for r, b in batches.items()}
     )
-    served = {r: routing.destination_ranks(1, b.topk_ids.numpy(), r, 3) for r, b in batches.items()}
+    served = {r: routing.destination_ranks(1, b.topk_ids.numpy(), r, step) for r, b in batches.items()}
     for rank, handle in handles.items():
         wanted = [
             (int(batches[s].topk_ids[t, k]), float(s), float(t))

@@ -75,7 +75,7 @@ class Stream:
         self.channel = Channel(near, 1, "there", self.counters, LIMIT, None)
         self.got: list[np.ndarray] = []
 
-    def accept(self, channel: Channel, header: Header) -> list[np.ndarray]:
+    def accept(self, channel: Channel, header: Header, payload: memoryview | None) -> list[np.ndarray]:
         self.got = [np.zeros(n, dtype=np.uint8) for n in (header.payload_bytes // 3, header.payload_bytes - header.payload_bytes // 3) if n]
         return self.got
 

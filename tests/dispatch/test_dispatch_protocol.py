@@ -459,7 +459,7 @@ def test_indices_outside_an_outbox_are_a_protocol_failure(make_world: Any, index
     world = make_world("unix", 2)
     handles = run_ranks({r: lambda r=r: dispatch(world.dispatchers[r], batch_of(r, 30), [0, 1], 1) for r in (0, 1)})
     channel = world.dispatchers[1]._mesh.channels[0]
-    count = len(handles[0].state.departure.pairs_for(1))
+    count = len(world.dispatchers[0]._general_state(handles[0].state).departure.pairs_for(1))
     form = FrameFormat(FrameKey(1, 0, 0, Phase.COMBINE), 0, HIDDEN)
     channel.post([form.pack(True, 5, count) + np.full(count, index, dtype=np.int32).tobytes()])
     failed = world.dispatchers[0].combine(run_experts(handles[0]), handles[0])

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import enum
 import socket
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameError, FrameFormat, FrameKey, Header, parse_foreign
 from elastic_ep.runtime.dispatch.outbox import Inbox
 
-_AHEAD_BYTES = 1 << 14
+_AHEAD_BYTES = 1 << 16
 """read at once: a header and what small payload follows it"""
 _DISCARD_BYTES = 1 << 18
 _MAX_BUFFERS = 64
@@ -53,7 +56,9 @@ def byte_view(array: Any) -> memoryview:
     return memoryview(array).cast("B")
 
 
-Accept = Callable[["Channel", Header], Sequence[Any]]
+Accept = Callable[["Channel", Header, memoryview | None], Sequence[Any]]
+"""(channel, header of the expected frame, its payload if that is here already) -> non-empty writable buffers for the payload, none if
+it was taken from the argument, which is only valid during the call. Raises FrameError to refuse the frame."""
 
 
 class Channel:
@@ -75,9 +80,10 @@ class Channel:
         self._counters = counters
         self._max_payload_bytes = max_payload_bytes
         self._out: deque[Any] = deque()
-        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
-        self._begin = self._end = 0
-        """what is read and not yet used of `_ahead`"""
+        self.ahead = np.empty(_AHEAD_BYTES, dtype=np.uint8)
+        self.cursor = array("q", (0, 0))
+        """begin and end of what is read and not yet used of `ahead`"""
+        self._view = memoryview(self.ahead.data)
         self._body: list[memoryview] | None = None
         """what is still to be filled of the frame that is being received"""
         self._body_key: FrameKey | None = None
@@ -89,6 +95,11 @@ class Channel:
     @property
     def has_unsent(self) -> bool:
         return bool(self._out)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is left to send, and no frame is half read."""
+        return not (self._out or self.broken or self._discard or self._body is not None)
 
     def post(self, buffers: Sequence[Any]) -> None:
         """Queue one frame (non-empty byte buffers, owned by the channel from now on) and send what the socket takes."""
@@ -120,15 +131,11 @@ class Channel:
     @property
     def holds_input(self) -> bool:
         """Bytes are here that no poll will announce."""
-        return self._begin < self._end
+        return self.cursor[0] < self.cursor[1]
 
     def receive(self, want: FrameFormat, accept: Accept) -> Progress:
-        """Read until the frame of the exchange `want` is complete or no more bytes are there. Older frames are dropped, a newer one stays.
-
-        Args:
-            accept: called once with the expected frame's header; returns non-empty writable buffers for its payload, or raises
-                FrameError to refuse it.
-        """
+        """Read until the frame of the exchange `want` is complete or no more bytes are there. Older frames are dropped, a newer one
+        stays."""
         try:
             while True:
                 if self._body is not None:
@@ -142,18 +149,24 @@ class Channel:
                 if self._discard:
                     self._read_discard()
                 self._read_ahead(HEADER_BYTES)
-                if self._ahead[self._begin : self._begin + len(want.prefix)] == want.prefix:
-                    header = want.parse(self._ahead, self._begin, self._max_payload_bytes)
-                    self._body = [memoryview(b).cast("B") for b in accept(self, header)]
+                start = self.cursor[0] + HEADER_BYTES
+                if self._view[self.cursor[0] : self.cursor[0] + len(want.prefix)] == want.prefix:
+                    header = want.parse(self._view, self.cursor[0], self._max_payload_bytes)
+                    end = start + header.payload_bytes
+                    body = accept(self, header, self._view[start:end] if end <= self.cursor[1] else None)
+                    if not body:
+                        self.cursor[0] = end
+                        return Progress.DONE
+                    self._body = [memoryview(b).cast("B") for b in body]
                     self._body_key = want.key
                 else:
-                    other, header = parse_foreign(self._ahead, self._begin, self._max_payload_bytes)
+                    other, header = parse_foreign(self._view, self.cursor[0], self._max_payload_bytes)
                     if other.key > want.key:
                         return Progress.PARKED
                     if other.key == want.key:
                         raise FrameError(f"rows of hidden {other.hidden}, dtype {other.dtype_code}; here {want.hidden}, {want.dtype_code}")
                     self._start_discard(header.payload_bytes)
-                self._begin += HEADER_BYTES
+                self.cursor[0] = start
         except BlockingIOError:
             return Progress.WAITING
         except FrameError:
@@ -164,21 +177,22 @@ class Channel:
             return Progress.CLOSED
 
     def _read_ahead(self, num_bytes: int) -> None:
-        """Have at least so many unused bytes in `_ahead`."""
-        while self._end - self._begin < num_bytes:
-            left = self._end - self._begin
+        """Have at least so many unused bytes in `ahead`."""
+        while self.cursor[1] - self.cursor[0] < num_bytes:
+            left = self.cursor[1] - self.cursor[0]
             if left:
-                self._ahead[:left] = self._ahead[self._begin : self._end]
-            self._begin, self._end = 0, left
-            self._end += self._count(self.sock.recv_into(self._ahead[left:] if left else self._ahead))
+                self._view[:left] = self._view[self.cursor[0] : self.cursor[1]]
+            self.cursor[0] = 0
+            self.cursor[1] = left
+            self.cursor[1] += self._count(self.sock.recv_into(self._view[left:] if left else self._view))
 
     def _read_body(self, body: list[memoryview]) -> None:
         while body:
             head = body[0]
-            got = min(len(head), self._end - self._begin)
+            got = min(len(head), self.cursor[1] - self.cursor[0])
             if got:
-                head[:got] = self._ahead[self._begin : self._begin + got]
-                self._begin += got
+                head[:got] = self._view[self.cursor[0] : self.cursor[0] + got]
+                self.cursor[0] += got
             else:
                 got = self._count(self.sock.recv_into(head) if len(body) == 1 else self.sock.recvmsg_into(body)[0])
             while body and got >= len(body[0]):
@@ -191,8 +205,8 @@ class Channel:
         self._discard = num_bytes
 
     def _read_discard(self) -> None:
-        got = min(self._discard, self._end - self._begin)
-        self._begin += got
+        got = min(self._discard, self.cursor[1] - self.cursor[0])
+        self.cursor[0] += got
         self._discard -= got
         if self._discard:
             scratch = memoryview(bytearray(min(self._discard, _DISCARD_BYTES)))

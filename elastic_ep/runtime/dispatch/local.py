@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import DispatchHandle, StepPoint
-from elastic_ep.runtime.dispatch.checks import check_combine, check_dispatch
+from elastic_ep.runtime.dispatch.checks import check_combine, check_dispatch, checked_ids
 from elastic_ep.runtime.dispatch.grouping import plan_arrival, plan_departure
 from elastic_ep.runtime.dispatch.rows import RowBuffer, as_array, gather, weighted_sum
 
@@ -39,9 +39,11 @@ class LocalDispatcher:
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint
     ) -> DispatchHandle:
         """See `Dispatcher.dispatch`."""
-        ids = check_dispatch(x, topk_ids, topk_weights, routing, at)
+        check_dispatch(x, topk_ids, topk_weights, routing, at)
+        num_experts = routing.replica_rank.shape[1]
+        ids = checked_ids(topk_ids, num_experts)
         departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, 0, at.step), 1)
-        arrival = plan_arrival([departure.pairs], [len(x)], np.ones(routing.replica_rank.shape[1], dtype=bool))
+        arrival = plan_arrival([departure.pairs], [len(x)], np.ones(num_experts, dtype=bool))
         rows, array = self._buffer.take(len(arrival.row_of), x.shape[1], x.dtype)
         gather(array, [as_array(x)], arrival.source_of, arrival.row_of)
         return DispatchHandle(rows, arrival.groups, _LocalState(arrival.back, departure.position, topk_weights))

@@ -38,6 +38,8 @@ class Mesh:
         self.channels: dict[int, Channel] = {}
         self.counters = Counters()
         self.outbox: Outbox | None = None
+        self.generation = 0
+        """grows whenever a channel comes or goes"""
         self._token = token
         self._interrupt_fd = interrupt_fd
         self._max_payload_bytes = max_payload_bytes
@@ -70,6 +72,7 @@ class Mesh:
         """Close the channel to a rank, if there is one."""
         channel = self.channels.pop(rank, None)
         if channel is not None:
+            self.generation += 1
             channel.close()
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
@@ -200,4 +203,5 @@ class Mesh:
 
     def _install(self, rank: int, sock: socket.socket, inbox: Inbox | None) -> None:
         self.drop(rank)
+        self.generation += 1
         self.channels[rank] = Channel(sock, rank, self.peers[rank], self.counters, self._max_payload_bytes, inbox)

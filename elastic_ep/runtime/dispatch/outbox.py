@@ -37,6 +37,8 @@ class _Regions:
         self._regions = [whole[i * region_bytes : (i + 1) * region_bytes] for i in range(NUM_REGIONS)]
         self._typed: dict[tuple[int, Any], NDArray[Any]] = {}
         self.region_bytes = region_bytes
+        self.base = int(whole.ctypes.data)
+        """address of the first region; valid as long as this object lives"""
 
     def rows(self, region: int, num_rows: int, hidden: int, dtype: Any) -> NDArray[Any]:
         """[num_rows, hidden] at the beginning of a region. Raises OutboxError if it does not fit."""

@@ -42,6 +42,8 @@ class RowBuffer:
     def __init__(self) -> None:
         self._flat = torch.empty(0)
         self._array = as_array(self._flat)
+        self.address = 0
+        """of the first row that was taken last"""
 
     def take(self, num_rows: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, NDArray[Any]]:
         """[num_rows, hidden] with arbitrary contents, and its array. Overwrites what the last call returned."""
@@ -49,7 +51,8 @@ class RowBuffer:
         if dtype != self._flat.dtype or size > self._flat.numel():
             self._flat = torch.empty(size + size // 4, dtype=dtype)
             self._array = as_array(self._flat)
-        return self._flat[:size].view(num_rows, hidden), self._array[:size].reshape(num_rows, hidden)
+            self.address = self._flat.data_ptr()
+        return self._flat.as_strided((num_rows, hidden), (hidden, 1)), self._array[:size].reshape(num_rows, hidden)
 
 
 def gather(out: NDArray[Any], sources: Sequence[NDArray[Any]], source_of: NDArray[np.int32], row_of: NDArray[np.int32]) -> None:

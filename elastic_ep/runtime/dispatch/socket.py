@@ -2,8 +2,7 @@
 
 Per MoE layer each rank sends one frame to every peer and awaits one from each, twice: rows out (dispatch), expert outputs back (combine).
 On one host the rows themselves lie in shared memory (`outbox.py`) and frames only name them; the sockets remain the order of events,
-the death notice and the way between hosts. A call returns when every frame has come and every own byte has left, so a peer never
-waits for bytes that a busy rank still holds.
+the death notice and the way between hosts.
 
 When a peer is known to have failed the step is void, and waiting for the others would only delay recovery: the call goes on for
 `grace_s` to take in what is already on its way, then returns. Peers that were cut short by that are not named as failed.
@@ -12,7 +11,6 @@ A DEADLINE is a suspicion: a rank that waits for a hung one looks the same to a 
 
 from __future__ import annotations
 
-import select
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -24,28 +22,20 @@ import torch
 from numpy.typing import NDArray
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.core.routing import RoutingTable
+from elastic_ep.core.routing import RoutingTable, sequence_phases
 from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interrupted, PeerFailed, StepPoint
-from elastic_ep.runtime.dispatch.channel import Accept, Channel, Progress, byte_view
-from elastic_ep.runtime.dispatch.checks import DTYPES, check_combine, check_dispatch
+from elastic_ep.runtime.dispatch.channel import Accept, Channel, byte_view
+from elastic_ep.runtime.dispatch.checks import DTYPES, check_combine, check_dispatch, checked_ids
+from elastic_ep.runtime.dispatch.exchange import Exchange, Exchanged
 from elastic_ep.runtime.dispatch.frames import FrameError, FrameFormat, FrameKey, Header, Phase
 from elastic_ep.runtime.dispatch.grouping import Arrival, BadPairsError, Departure, distinct_rows, plan_arrival, plan_departure
-from elastic_ep.runtime.dispatch.mesh import GONE, Mesh
+from elastic_ep.runtime.dispatch.link import LayerTables, Link, LinkedState, Sources, unpack_plan, unpack_sources
+from elastic_ep.runtime.dispatch.mesh import Mesh
 from elastic_ep.runtime.dispatch.outbox import OutboxError
-from elastic_ep.runtime.dispatch.rows import RowBuffer, array_dtype, as_array, gather, weighted_sum
+from elastic_ep.runtime.dispatch.rows import RowBuffer, array_dtype, as_array, compiled, gather, weighted_sum
 
-_FAILURE_OF = {Progress.CLOSED: FailureKind.CLOSED, Progress.REFUSED: FailureKind.PROTOCOL}
 _SMALL_BYTES = 1 << 13
 """a payload up to this is copied behind its header: one buffer to send instead of two"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Exchanged:
-    """How an exchange ended: which peers failed, whose frames came, whether the interrupt fired."""
-
-    failed: dict[int, FailureKind]
-    arrived: set[int]
-    interrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +45,7 @@ class _SocketState:
     at: StepPoint
     departure: Departure
     weights: torch.Tensor
-    back: NDArray[np.int32]
-    source_pairs: dict[int, tuple[int, int]]
+    sources: Sources
 
 
 class SocketDispatcher:
@@ -88,14 +77,14 @@ class SocketDispatcher:
         shared_bytes: int = 1 << 32,
     ):
         self.rank = rank
-        self.deadline_s = deadline_s
-        self.grace_s = grace_s
-        self._interrupt_fd = interrupt.fileno() if isinstance(interrupt, socket.socket) else interrupt
-        self._mesh = Mesh(rank, listen_address, token, self._interrupt_fd, max_payload_bytes, shared_bytes)
+        interrupt_fd = interrupt.fileno() if isinstance(interrupt, socket.socket) else interrupt
+        self._mesh = Mesh(rank, listen_address, token, interrupt_fd, max_payload_bytes, shared_bytes)
+        self._exchange = Exchange(self._mesh, interrupt_fd, deadline_s, grace_s)
+        self._link: Link | None = None
         self._ranks = [rank]
         self._last_key = FrameKey(-1, -1, -1, -1)
         self._routing: RoutingTable | None = None
-        self._served: dict[int, NDArray[np.bool_]] = {}
+        self._tables: dict[int, LayerTables] = {}
         self._grouped = RowBuffer()
         self._buffers: dict[tuple[str, int], NDArray[np.uint8]] = {}
 
@@ -143,32 +132,65 @@ class SocketDispatcher:
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint
     ) -> DispatchHandle | PeerFailed | Interrupted:
         """See `Dispatcher.dispatch`. Raises InvalidInputError for input that cannot be served; `at` must grow from call to call."""
-        ids = check_dispatch(x, topk_ids, topk_weights, routing, at)
-        departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, self.rank, at.step), self._ranks[-1] + 1)
-        self._check_destinations(departure)
+        check_dispatch(x, topk_ids, topk_weights, routing, at)
+        form = self._format(at, Phase.DISPATCH, x)
+        tables = self._tables_of(routing, at.layer)
+        began = time.monotonic()
+        begun = self._dispatch_linked(form, x, topk_ids, topk_weights, tables, at)
+        if isinstance(begun, DispatchHandle):
+            return begun
         source = as_array(x)
         hidden = source.shape[1]
-        form = self._next_format(at, Phase.DISPATCH, x)
+        departure = begun or self._plan_departure(topk_ids, routing, at)
+        self._last_key = form.key
         pairs_of, rows_of = {self.rank: departure.pairs_for(self.rank)}, {self.rank: source}
 
-        def accept(channel: Channel, header: Header) -> list[Any]:
-            pairs = pairs_of[channel.peer] = np.empty((header.pairs, 2), dtype=np.int32)
+        def accept(channel: Channel, header: Header, payload: memoryview | None) -> list[Any]:
             rows = rows_of[channel.peer] = self._incoming_rows(channel, form, header.in_outbox, header.rows)
+            if header.in_outbox and payload is not None:
+                pairs_of[channel.peer] = np.frombuffer(payload, dtype=np.int32).reshape(-1, 2)
+                return []
+            pairs = pairs_of[channel.peer] = np.empty((header.pairs, 2), dtype=np.int32)
             return [a for a in (pairs, *([] if header.in_outbox else [rows])) if a.size]
 
-        done = self._exchange(form, self._dispatch_frames(form, source, departure), accept)
+        if begun is None:
+            self._post(self._dispatch_frames(form, source, departure))
+        done = self._settle(form, accept, began)
         if done.interrupted:
             return Interrupted()
         sources = [r for r in self._ranks if r == self.rank or (r in done.arrived and r not in done.failed)]
-        arrival = self._plan_arrival(sources, pairs_of, rows_of, self._served_experts(routing, at.layer), done.failed)
+        arrival = self._plan_arrival(sources, pairs_of, rows_of, tables.served, done.failed)
         grouped, array = self._grouped.take(len(arrival.row_of), hidden, x.dtype)
         gather(array, [rows_of[r] for r in sources], arrival.source_of, arrival.row_of)
         source_pairs, start = {}, 0
         for r in sources:
             source_pairs[r] = start, start + len(pairs_of[r])
             start += len(pairs_of[r])
-        handle = DispatchHandle(grouped, arrival.groups, _SocketState(at, departure, topk_weights, arrival.back, source_pairs))
+        state = _SocketState(at, departure, topk_weights, Sources(arrival.back, source_pairs))
+        handle = DispatchHandle(grouped, arrival.groups, state)
         return PeerFailed(done.failed, handle) if done.failed else handle
+
+    def _dispatch_linked(
+        self, form: FrameFormat, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tables: LayerTables, at: StepPoint
+    ) -> DispatchHandle | Departure | None:
+        """The common case; see `Link.dispatch`."""
+        link = self._idle_link()
+        if link is None or ids.dtype != torch.int64 or not ids.is_contiguous():
+            return None
+        begun = link.dispatch(form, x, ids, weights, tables, sequence_phases(self.rank, at.step), at, self._grouped)
+        if begun is not None:
+            self._last_key = form.key
+        return begun
+
+    def _plan_departure(self, topk_ids: torch.Tensor, routing: RoutingTable, at: StepPoint) -> Departure:
+        ids = checked_ids(topk_ids, routing.replica_rank.shape[1])
+        departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, self.rank, at.step), self._ranks[-1] + 1)
+        strangers = [r for r in range(self._ranks[-1] + 1) if r not in self._ranks and len(departure.pairs_for(r))]
+        if strangers:
+            raise InvalidInputError(
+                f"the routing table sends rows to ranks {strangers}, the mesh has {self._ranks}; connect the epoch's peers first"
+            )
+        return departure
 
     def _dispatch_frames(self, form: FrameFormat, source: NDArray[Any], departure: Departure) -> dict[int, list[Any]]:
         shared = self._publish(Phase.DISPATCH, source)
@@ -207,9 +229,14 @@ class SocketDispatcher:
 
     def combine(self, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor | PeerFailed | Interrupted:
         """See `Dispatcher.combine`."""
-        state: _SocketState = handle.state
         y = check_combine(y, handle)
-        form = self._next_format(state.at, Phase.COMBINE, y)
+        form = self._format(handle.state.at, Phase.COMBINE, y)
+        self._last_key = form.key
+        began = time.monotonic()
+        begun = self._combine_linked(form, y, handle.state)
+        if isinstance(begun, torch.Tensor):
+            return begun
+        state = self._general_state(handle.state)
         outputs, departure = as_array(y), state.departure
         hidden = outputs.shape[1]
         row_of = np.empty(len(departure.pairs), dtype=np.int32)
@@ -218,7 +245,7 @@ class SocketDispatcher:
         def part(rank: int) -> NDArray[np.int32]:
             return row_of[departure.start[rank] : departure.start[rank + 1]]
 
-        def accept(channel: Channel, header: Header) -> list[Any]:
+        def accept(channel: Channel, header: Header, payload: memoryview | None) -> list[Any]:
             indices = part(channel.peer)
             if header.pairs != len(indices):
                 raise FrameError(f"rank {channel.peer} returned {header.pairs} rows for {len(indices)} pairs")
@@ -227,14 +254,19 @@ class SocketDispatcher:
             )
             if not header.in_outbox:
                 indices[:] = np.arange(len(indices))
+            elif payload is not None:
+                indices[:] = np.frombuffer(payload, dtype=np.int32)
+                return []
             received = indices if header.in_outbox else rows
             return [received] if received.size else []
 
-        done = self._exchange(form, self._combine_frames(form, outputs, state), accept)
+        if not begun:
+            self._post(self._combine_frames(form, outputs, state))
+        done = self._settle(form, accept, began)
         if done.interrupted:
             return Interrupted()
-        begin, end = state.source_pairs[self.rank]
-        part(self.rank)[:] = state.back[begin:end]
+        begin, end = state.sources.pairs[self.rank]
+        part(self.rank)[:] = state.sources.back[begin:end]
         for peer in done.arrived - done.failed.keys():
             if (indices := part(peer)).size and indices.view(np.uint32).max() >= len(rows_of[peer]):
                 self._refuse(peer, done.failed)
@@ -245,14 +277,27 @@ class SocketDispatcher:
         out = self._sum(rows_of, row_of, state, hidden, y.dtype)
         return PeerFailed(done.failed, out) if done.failed else out
 
+    def _combine_linked(self, form: FrameFormat, y: torch.Tensor, state: Any) -> torch.Tensor | bool:
+        """The common case; see `Link.combine`."""
+        link = self._idle_link() if isinstance(state, LinkedState) else None
+        if link is None or link.generation != state.generation:
+            return False
+        return link.combine(form, y, state)
+
+    def _general_state(self, state: Any) -> _SocketState:
+        if isinstance(state, _SocketState):
+            return state
+        departure = unpack_plan(state.plan, state.ranks[-1] + 1, *state.weights.shape)
+        return _SocketState(state.at, departure, state.weights, unpack_sources(state.arrival, state.ranks))
+
     def _combine_frames(self, form: FrameFormat, outputs: NDArray[Any], state: _SocketState) -> dict[int, list[Any]]:
         shared = self._publish(Phase.COMBINE, outputs)
         frames = {}
-        for rank, (begin, end) in state.source_pairs.items():
+        for rank, (begin, end) in state.sources.pairs.items():
             channel = self._mesh.channels.get(rank)
             if channel is None:
                 continue
-            indices = state.back[begin:end]
+            indices = state.sources.back[begin:end]
             if shared and channel.inbox is not None:
                 frames[rank] = _frame(form.pack(True, len(outputs), len(indices)), indices)
                 continue
@@ -272,32 +317,35 @@ class SocketDispatcher:
 
     # ---- parts of both
 
-    def _next_format(self, at: StepPoint, phase: Phase, rows: torch.Tensor) -> FrameFormat:
-        key = FrameKey.of(at, phase)
+    def _format(self, at: StepPoint, phase: Phase, rows: torch.Tensor) -> FrameFormat:
+        key = FrameKey(at.epoch, at.step, at.layer, int(phase))
         if key <= self._last_key:
             raise InvalidInputError(
                 f"{phase.name.lower()} at {tuple(at)} does not come after {tuple(self._last_key)}; run a void step again under a later one"
             )
-        self._last_key = key
         return FrameFormat(key, DTYPES.index(rows.dtype), rows.shape[1])
 
-    def _check_destinations(self, departure: Departure) -> None:
-        if len(self._ranks) == len(departure.start) - 1:
-            return
-        strangers = [r for r in range(len(departure.start) - 1) if r not in self._ranks and len(departure.pairs_for(r))]
-        if strangers:
-            raise InvalidInputError(
-                f"the routing table sends rows to ranks {strangers}, the mesh has {self._ranks}; connect the epoch's peers first"
-            )
+    def _idle_link(self) -> Link | None:
+        """The mesh as the extension can use it now, or None: some peer is missing, or shares no memory, or left something over."""
+        mesh = self._mesh
+        if self._link is None or self._link.generation != mesh.generation:
+            self._link = None
+            if compiled is None or mesh.outbox is None or len(mesh.channels) != len(mesh.peers):
+                return None
+            if any(channel.inbox is None for channel in mesh.channels.values()):
+                return None
+            self._link = Link(mesh, self._exchange.interrupt_fd, self._exchange.deadline_s)
+        return self._link if self._link.is_idle() else None
 
-    def _served_experts(self, routing: RoutingTable, layer: int) -> NDArray[np.bool_]:
-        """bool [E]: the experts of a layer with a replica here."""
+    def _tables_of(self, routing: RoutingTable, layer: int) -> LayerTables:
         if routing is not self._routing:
-            self._routing, self._served = routing, {}
-        served = self._served.get(layer)
-        if served is None:
-            served = self._served[layer] = (routing.replica_rank[layer] == self.rank).any(-1)
-        return served
+            self._routing, self._tables = routing, {}
+        tables = self._tables.get(layer)
+        if tables is None:
+            ranks = np.ascontiguousarray(routing.replica_rank[layer], dtype=np.int32)
+            quota = np.ascontiguousarray(routing.cumulative_quota[layer], dtype=np.float64)
+            tables = self._tables[layer] = LayerTables(ranks, quota, (ranks == self.rank).any(-1))
+        return tables
 
     def _refuse(self, peer: int, failed: dict[int, FailureKind]) -> None:
         """A complete frame that asks for what is not there."""
@@ -324,8 +372,19 @@ class SocketDispatcher:
         except OutboxError as error:
             raise FrameError(str(error)) from error
 
+    def _post(self, frames: Mapping[int, Sequence[Any]]) -> None:
+        for rank, buffers in frames.items():
+            self._mesh.channels[rank].post(buffers)
+
+    def _settle(self, form: FrameFormat, accept: Accept, began: float) -> Exchanged:
+        done = self._exchange.settle(form, accept, began)
+        if done.failed or done.interrupted:
+            # a channel may still hold one
+            self._buffers = {}
+        return done
+
     def _buffer(self, use: str, peer: int, num_rows: int, hidden: int, dtype: Any) -> NDArray[Any]:
-        """[num_rows, hidden] that the next call may use again; `_exchange` forgets all of them when a channel may still hold one."""
+        """[num_rows, hidden] that the next exchange may use again."""
         size = num_rows * hidden * np.dtype(dtype).itemsize
         buffer = self._buffers.get((use, peer))
         if buffer is None or len(buffer) < size:
@@ -333,70 +392,9 @@ class SocketDispatcher:
         rows: NDArray[Any] = buffer[:size].view(dtype).reshape(num_rows, hidden)
         return rows
 
-    # ---- the exchange
-
-    def _exchange(self, form: FrameFormat, frames: Mapping[int, Sequence[Any]], accept: Accept) -> _Exchanged:
-        """Send one frame to each peer and take in one from each."""
-        done = self._run_exchange(form, frames, accept)
-        if done.failed or done.interrupted:
-            self._buffers = {}
-        return done
-
-    def _run_exchange(self, form: FrameFormat, frames: Mapping[int, Sequence[Any]], accept: Accept) -> _Exchanged:
-        mesh = self._mesh
-        failed = {r: FailureKind.CLOSED for r in mesh.peers if r not in mesh.channels}
-        arrived: set[int] = set()
-        waiting = {channel.fd: channel for channel in mesh.channels.values()}
-        poll = select.poll()
-        deadline = time.monotonic() + (self.grace_s if failed else self.deadline_s)
-        if self._interrupt_fd is not None:
-            poll.register(self._interrupt_fd, select.POLLIN)
-        ready: list[tuple[int, int]] = []
-        for fd, channel in waiting.items():
-            if channel.peer in frames:
-                channel.post(frames[channel.peer])
-            poll.register(fd, select.POLLIN | select.POLLOUT if channel.has_unsent else select.POLLIN)
-            if channel.holds_input:
-                ready.append((fd, select.POLLIN))
-        while waiting:
-            for fd, event in ready or poll.poll(max(0.0, (deadline - time.monotonic()) * 1e3)):
-                if fd == self._interrupt_fd:
-                    return _Exchanged(failed, arrived, interrupted=True)
-                channel = waiting[fd]
-                kind = _advance(channel, event, form, accept, arrived, poll)
-                if kind is not None:
-                    failed[channel.peer] = kind
-                    mesh.drop(channel.peer)
-                    deadline = min(deadline, time.monotonic() + self.grace_s)
-                if kind is not None or (channel.peer in arrived and not channel.has_unsent):
-                    poll.unregister(fd)
-                    del waiting[fd]
-            ready = []
-            if waiting and time.monotonic() >= deadline:
-                if not failed:
-                    failed = {channel.peer: FailureKind.DEADLINE for channel in waiting.values()}
-                break
-        return _Exchanged(failed, arrived)
-
 
 def _frame(header: bytes, *payload: NDArray[Any]) -> list[Any]:
     """The buffers to send. A small payload is copied, a large one must stay as it is until the channel has sent it."""
     if sum(a.nbytes for a in payload) <= _SMALL_BYTES:
         return [b"".join([header, *(a.tobytes() for a in payload)])]
     return [header, *(byte_view(a) for a in payload if a.size)]
-
-
-def _advance(channel: Channel, event: int, form: FrameFormat, accept: Accept, arrived: set[int], poll: select.poll) -> FailureKind | None:
-    """Serve one ready channel and say what to poll it for next. Returns how the peer failed, if it did."""
-    if channel.has_unsent:
-        channel.flush()
-    progress = Progress.DONE if channel.peer in arrived else channel.receive(form, accept)
-    if progress is Progress.DONE:
-        arrived.add(channel.peer)
-    if progress in _FAILURE_OF:
-        return _FAILURE_OF[progress]
-    if channel.broken or (event & GONE and progress is Progress.PARKED):
-        return FailureKind.CLOSED
-    interest = select.POLLIN if progress is Progress.WAITING else select.POLLRDHUP
-    poll.modify(channel.fd, interest | select.POLLOUT if channel.has_unsent else interest)
-    return None
