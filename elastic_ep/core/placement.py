@@ -68,10 +68,10 @@ class ExpertPlacement:
     @cached_property
     def logical_replica_count(self) -> NDArray[np.int64]:
         """int64 [L, E]: in how many slots each expert lives."""
-        counts = np.zeros((self.num_layers, self.num_logical_experts), dtype=np.int64)
-        layer, slot = np.nonzero(self.physical_to_logical_map != EMPTY)
-        np.add.at(counts, (layer, self.physical_to_logical_map[layer, slot]), 1)
-        return counts
+        shape = (self.num_layers, self.num_logical_experts)
+        index = np.arange(shape[0])[:, None] * shape[1] + self.physical_to_logical_map
+        held = index[self.physical_to_logical_map != EMPTY]
+        return np.bincount(held, minlength=shape[0] * shape[1]).reshape(shape)
 
     @cached_property
     def logical_to_physical_map(self) -> NDArray[np.int64]:

@@ -22,56 +22,6 @@ class Move(NamedTuple):
     expert: int
 
 
-@dataclass(frozen=True, eq=False)
-class PlacementPlan:
-    """A placement, how to split tokens over it, and what has to be loaded to get there.
-
-    Attributes:
-        placement: what every slot is to hold; dead ranks' slots are empty.
-        quotas: float64 [L, P], multiples of 2^-16 that add up to exactly 1 per resident expert; 0 in empty slots.
-        move_table: int64 [N, 3] of (layer, slot, expert), in the order to do them. The first ``num_mandatory`` cover lost experts:
-            after them every resident expert has a live replica. Then come ``num_redundancy`` that restore ``min_replicas``, then balance.
-            These may exchange two experts that live nowhere else, so they are staged and installed together (`transfer.plan_transfer`).
-        num_mandatory: moves without which an expert has no replica.
-        num_redundancy: moves that bring an expert to a failure domain that it lacked.
-        lost: (layer, expert) pairs that no live slot held before.
-        streamed: (layer, expert) -> live rank that reads it when a token needs it; empty unless slots are too few.
-        balance: mean over layers of mean / highest rank load, tokens split evenly over replicas.
-        balance_with_quotas: the same with ``quotas``.
-        bound: the balance that no placement over these slots can exceed with an even split.
-        shortfall: experts over all layers with fewer than ``min_replicas`` replicas on distinct domains.
-        reasons: one line per class of decision.
-    """
-
-    placement: ExpertPlacement
-    quotas: NDArray[np.float64]
-    move_table: NDArray[np.int64]
-    num_mandatory: int
-    num_redundancy: int
-    lost: tuple[tuple[int, int], ...]
-    streamed: dict[tuple[int, int], int]
-    balance: float
-    balance_with_quotas: float
-    bound: float
-    shortfall: int
-    reasons: tuple[str, ...]
-
-    @cached_property
-    def moves(self) -> tuple[Move, ...]:
-        """`move_table` as records."""
-        return tuple(Move(*row) for row in self.move_table.tolist())
-
-    @property
-    def is_degraded(self) -> bool:
-        """Whether some experts have no slot."""
-        return bool(self.streamed)
-
-    @cached_property
-    def resident(self) -> tuple[tuple[int, ...], ...]:
-        """Per layer, the experts that have a slot, ascending."""
-        return tuple(tuple(np.unique(row[row != EMPTY]).tolist()) for row in self.placement.physical_to_logical_map)
-
-
 @dataclass(frozen=True)
 class Asked:
     """What was asked for. held: int64 [L, P] or None; domain: int64 [ep_size]."""
@@ -86,7 +36,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found. reference: the rows with lost experts covered and nothing else done; None: as held. bound: peaks, float64 [L]."""
+    """What was found.
+
+    Attributes:
+        rows: int64 [L, P], what slots are to hold.
+        reference: the rows with lost experts covered and nothing else done; None: as held.
+        covers: bool [L, P], slots that cover a lost expert in the reference.
+        bound: float64 [L], the lowest peak that any placement can have with an even split.
+        streamed: (layer, expert) -> rank.
+    """
 
     rows: NDArray[np.int64]
     reference: NDArray[np.int64] | None
@@ -95,43 +53,131 @@ class Found:
     streamed: dict[tuple[int, int], int]
 
 
+class _Moves(NamedTuple):
+    table: NDArray[np.int64]
+    num_mandatory: int
+    num_redundancy: int
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementPlan:
+    """A placement, how to split tokens over it, and what has to be loaded to get there. What is derived is computed when it is asked for.
+
+    Attributes:
+        placement: what every slot is to hold; dead ranks' slots are empty.
+        quotas: float64 [L, P], multiples of 2^-16 that add up to exactly 1 per resident expert; 0 in empty slots.
+        streamed: (layer, expert) -> live rank that reads it when a token needs it; empty unless slots are too few.
+    """
+
+    placement: ExpertPlacement
+    quotas: NDArray[np.float64]
+    streamed: dict[tuple[int, int], int]
+    _asked: Asked
+    _found: Found
+
+    # ---- moves
+
+    @cached_property
+    def moves(self) -> tuple[Move, ...]:
+        """`move_table` as records."""
+        return tuple(Move(*row) for row in self.move_table.tolist())
+
+    @property
+    def move_table(self) -> NDArray[np.int64]:
+        """int64 [N, 3] of (layer, slot, expert), in the order to do them.
+
+        The first ``num_mandatory`` cover lost experts: after them every resident expert has a live replica. Then come ``num_redundancy``
+        that restore ``min_replicas``, then balance. These may exchange two experts that live nowhere else, so they are staged and
+        installed together (`core.transfer`).
+        """
+        return self._moves.table
+
+    @property
+    def num_mandatory(self) -> int:
+        """Moves without which an expert has no replica."""
+        return self._moves.num_mandatory
+
+    @property
+    def num_redundancy(self) -> int:
+        """Moves that bring an expert to a failure domain that it lacked."""
+        return self._moves.num_redundancy
+
+    @cached_property
+    def _moves(self) -> _Moves:
+        return _order_moves(self._asked, self._found)
+
+    # ---- coverage
+
+    @cached_property
+    def lost(self) -> tuple[tuple[int, int], ...]:
+        """(layer, expert) pairs that no live slot held before; empty for a first placement."""
+        return () if self._asked.held is None else _missing(self._asked.held, self._asked.weights.shape[1])
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether some experts have no slot."""
+        return bool(self.streamed)
+
+    @cached_property
+    def resident(self) -> tuple[tuple[int, ...], ...]:
+        """Per layer, the experts that have a slot, ascending."""
+        return tuple(tuple(np.unique(row[row != EMPTY]).tolist()) for row in self.placement.physical_to_logical_map)
+
+    @cached_property
+    def shortfall(self) -> int:
+        """Resident experts over all layers with fewer than ``min_replicas`` replicas on distinct domains."""
+        if self._asked.min_replicas <= 1:
+            return 0
+        return int((_num_domains(self._asked, self._found.rows) < self._asked.min_replicas).sum()) - len(self.streamed)
+
+    # ---- balance
+
+    @cached_property
+    def balance(self) -> float:
+        """Mean over layers of mean / highest rank load, tokens split evenly over replicas; streamed experts count where they are read."""
+        return self._balance(None)
+
+    @cached_property
+    def balance_with_quotas(self) -> float:
+        """The same with ``quotas``."""
+        return self._balance(self.quotas)
+
+    @cached_property
+    def bound(self) -> float:
+        """The balance that no placement over these slots can exceed with an even split."""
+        mean, peak = self._asked.weights.sum(axis=1) / max(1, len(self._ranks)), self._found.bound
+        return float(np.divide(mean, peak, out=np.ones_like(mean), where=peak > 0).mean()) if len(mean) else 1.0
+
+    @cached_property
+    def _ranks(self) -> NDArray[np.int64]:
+        """Live ranks that can take load."""
+        return np.flatnonzero(self._asked.alive & ((np.asarray(self._asked.topology.slots_per_rank) > 0) | self.is_degraded))
+
+    def _balance(self, quotas: NDArray[np.float64] | None) -> float:
+        loads = rank_loads(self._asked.weights, self.placement, self._asked.topology, quotas)
+        for (layer, expert), rank in self.streamed.items():
+            loads[layer, rank] += self._asked.weights[layer, expert]
+        return balance_of(loads, self._ranks)
+
+    @cached_property
+    def reasons(self) -> tuple[str, ...]:
+        """One line per class of decision."""
+        return _reasons(self, self._asked)
+
+
 def make_plan(asked: Asked, found: Found) -> PlacementPlan:
-    """Order the moves, level the quotas, and say what came out."""
-    weights, topology = asked.weights, asked.topology
-    num_experts = weights.shape[1]
-    placement = ExpertPlacement(found.rows, num_experts)
-    quotas = level_quotas(weights, placement, topology)
-    table, num_mandatory, num_redundancy = _order_moves(asked, found)
-    ranks = np.flatnonzero(asked.alive & ((np.asarray(topology.slots_per_rank) > 0) | bool(found.streamed)))
-    extra = _streamed_load(asked, found.streamed)
-    mean = weights.sum(axis=1) / max(1, len(ranks))
-    bound = float(np.divide(mean, found.bound, out=np.ones_like(mean), where=found.bound > 0).mean()) if len(mean) else 1.0
-    plan = PlacementPlan(
-        placement,
-        quotas,
-        table,
-        num_mandatory,
-        num_redundancy,
-        () if asked.held is None else _missing(asked.held, num_experts),
-        found.streamed,
-        balance_of(rank_loads(weights, placement, topology) + extra, ranks),
-        balance_of(rank_loads(weights, placement, topology, quotas) + extra, ranks),
-        bound,
-        0 if asked.min_replicas <= 1 else int((_num_domains(asked, found.rows) < asked.min_replicas).sum()) - len(found.streamed),
-        (),
-    )
-    object.__setattr__(plan, "reasons", _reasons(plan, asked))
-    return plan
+    """Level the quotas of the rows that were found."""
+    placement = ExpertPlacement(found.rows, asked.weights.shape[1])
+    return PlacementPlan(placement, level_quotas(asked.weights, placement, asked.topology), found.streamed, asked, found)
 
 
-def _order_moves(asked: Asked, found: Found) -> tuple[NDArray[np.int64], int, int]:
-    """The move table, and how many of its rows are mandatory and for redundancy."""
+def _order_moves(asked: Asked, found: Found) -> _Moves:
     rows = found.rows
     if asked.held is None:
-        first, rest = _first_replicas(rows), rows != EMPTY
+        first = _first_replicas(rows)
         covers = np.argwhere(first)
-        table = np.concatenate([covers, np.argwhere(rest & ~first)])
-        return np.column_stack([table, rows[table[:, 0], table[:, 1]]]), len(covers), 0
+        table = np.concatenate([covers, np.argwhere((rows != EMPTY) & ~first)])
+        return _Moves(np.column_stack([table, rows[table[:, 0], table[:, 1]]]), len(covers), 0)
     reference = np.where(found.covers, rows, asked.held) if found.reference is None else found.reference
     covers = np.argwhere(found.covers)
     changed = np.argwhere((rows != EMPTY) & (rows != reference))
@@ -142,7 +188,8 @@ def _order_moves(asked: Asked, found: Found) -> tuple[NDArray[np.int64], int, in
         changed = np.concatenate([changed[restores], changed[~restores]])
         num_redundancy = int(restores.sum())
     experts = np.concatenate([reference[covers[:, 0], covers[:, 1]], rows[changed[:, 0], changed[:, 1]]])
-    return np.column_stack([np.concatenate([covers, changed]), experts]).astype(np.int64), len(covers), num_redundancy
+    table = np.column_stack([np.concatenate([covers, changed]), experts]).astype(np.int64)
+    return _Moves(table, len(covers), num_redundancy)
 
 
 def _first_replicas(rows: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -171,14 +218,6 @@ def _num_domains(asked: Asked, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     layer, slot = np.nonzero(rows != EMPTY)
     seen[layer, rows[layer, slot], asked.domain[asked.topology.rank_of_slot[slot]]] = True
     return np.asarray(seen.sum(axis=2), dtype=np.int64)
-
-
-def _streamed_load(asked: Asked, streamed: dict[tuple[int, int], int]) -> NDArray[np.float64]:
-    """float64 [L, ep_size]: what streamed experts add to the ranks that read them."""
-    extra = np.zeros((len(asked.weights), asked.topology.ep_size))
-    for (layer, expert), rank in streamed.items():
-        extra[layer, rank] += asked.weights[layer, expert]
-    return extra
 
 
 def _reasons(plan: PlacementPlan, asked: Asked) -> tuple[str, ...]:

@@ -79,13 +79,15 @@ static void pour_all(Pour *p, const double *weight, i64 rounds, double still, do
     }
 }
 
-/* Whole numbers near units * part / weight that add up to `units`; the remainder goes to the largest fractions. */
-static void to_units(Pour *p, double weight, i64 e, i64 units, i64 *out) {
+/* Whole numbers near units * part / sum of parts (even ones if there is none) that add up to `units`; the remainder goes to the largest
+ * fractions, the first among equals. */
+static void to_units(Pour *p, i64 e, i64 units, i64 *out) {
     i32 *held = p->slots + p->start[e];
     i64 n = p->start[e + 1] - p->start[e], rest = units;
-    double *lack = p->columns; /* whole - exact */
+    double *lack = p->columns, total = 0.0; /* lack: whole - exact */
+    for (i64 i = 0; i < n; i++) total += p->part[held[i]];
     for (i64 i = 0; i < n; i++) {
-        double exact = weight > 0.0 ? (double)units * (p->part[held[i]] / weight) : (double)units / (double)n;
+        double exact = total > 0.0 ? (double)units * (p->part[held[i]] / total) : (double)units / (double)n;
         i64 whole = (i64)exact;
         out[held[i]] = whole;
         lack[i] = (double)whole - exact;
@@ -114,7 +116,7 @@ static void quota_layer(Pour *p, const double *weight, const i64 *given, i32 *ro
     pour_evenly(p, weight, row);
     pour_all(p, weight, rounds, still * total, 0.0);
     for (i64 e = 0; e < p->num_experts; e++)
-        if (p->start[e + 1] > p->start[e]) to_units(p, weight[e], e, units, out);
+        if (p->start[e + 1] > p->start[e]) to_units(p, e, units, out);
 }
 
 #endif

@@ -33,7 +33,7 @@ static inline void offer(Step *best, double top, double target, double floor, i6
                          double after) {
     if (top - after <= floor || cost > left) return;
     double reach = after > target ? after : target;
-    double score = (top - reach) / (cost > 0 ? (double)cost : 0.5);
+    double score = (top - reach) * (cost <= 0 ? 2.0 : cost == 1 ? 1.0 : 0.5); /* no step changes more than two */
     if (score > best->score || (score == best->score && after < best->after)) {
         best->score = score; best->after = after; best->kind = kind;
         best->a = a; best->b = b; best->x = x; best->cost = cost;

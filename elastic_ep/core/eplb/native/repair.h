@@ -6,41 +6,64 @@
 #include "layer.h"
 #include "pack.h"
 
-/* Give every expert that no slot holds one, heaviest first, where it raises the peak least; empty slots before others. */
-static i64 cover(Layer *s) {
-    i64 E = s->num_experts, moves = 0, lost = 0;
-    for (i64 e = 0; e < E; e++) lost += s->count[e] == 0;
-    if (!lost) return 0;
-    sort_descending(s->weight, s->order, E);
-    for (i64 oi = 0; oi < E && moves < lost; oi++) {
-        i64 e = s->order[oi], best = -1, grade_best = 4;
+/* Experts that no slot holds, heaviest first, into `list`. Returns how many. */
+static i64 list_lost(Layer *s) {
+    i64 n = 0;
+    for (i64 e = 0; e < s->num_experts; e++) {
         if (s->count[e]) continue;
-        double top = INFINITY, w = s->weight[e];
-        for (i64 i = 0; i < s->num_live; i++) {
-            i64 r = s->live[i];
-            for (i64 t = s->first[r]; t < s->last[r]; t++) {
-                i64 v = s->place[t], grade = 0;
-                double peak = s->load[r] + w;
-                if (v != FREE) {
-                    if (s->count[v] == 1 || s->spare[v] <= 1 || s->covers[t]) continue;
-                    grade = may_drop(s, v, r) ? 1 : 2;
-                    if (grade > grade_best) continue;
-                    peak -= s->share[v];
-                    double other = peak_without(s, t);
-                    if (other > peak) peak = other;
-                }
-                if (grade < grade_best || (grade == grade_best && peak < top)) { grade_best = grade; top = peak; best = t; }
+        i64 at = n++;
+        while (at > 0 && s->weight[s->list[at - 1]] < s->weight[e]) {
+            s->list[at] = s->list[at - 1];
+            at--;
+        }
+        s->list[at] = (i32)e;
+    }
+    return n;
+}
+
+/* Where a lost expert raises the peak least: in an empty slot before others, and in that of an expert with a replica to spare before the
+ * rest. -1: nowhere, which cannot be with a slot for every expert. */
+static i64 find_cover(Layer *s, i64 e) {
+    i64 best = -1, grade_best = 3;
+    double top = INFINITY;
+    for (i64 i = 0; i < s->num_live; i++) {
+        i64 r = s->live[i];
+        for (i64 t = s->first[r]; t < s->last[r]; t++) {
+            i64 v = s->place[t], grade = 0;
+            double peak = s->load[r] + s->weight[e];
+            if (v != FREE) {
+                if (s->count[v] == 1 || s->spare[v] <= 1 || s->covers[t]) continue;
+                grade = may_drop(s, v, r) ? 1 : 2;
+                if (grade > grade_best) continue;
+                double other = peak_without(s, t);
+                peak -= s->share[v];
+                if (other > peak) peak = other;
+            }
+            if (grade < grade_best || (grade == grade_best && peak < top)) {
+                grade_best = grade;
+                top = peak;
+                best = t;
             }
         }
-        if (best < 0) return -1;
-        i64 v = s->place[best];
-        if (v != FREE) { s->spare[v]--; clear(s, best); }
-        fill(s, best, e);
-        s->covers[best] = 1;
-        s->reference[best] = (i32)e;
-        moves++;
     }
-    return moves;
+    return best;
+}
+
+/* Give every expert that no slot holds one. Returns 0, or -1 where that fails. */
+static int cover(Layer *s) {
+    i64 lost = list_lost(s);
+    for (i64 i = 0; i < lost; i++) {
+        i64 e = s->list[i], slot = find_cover(s, e);
+        if (slot < 0) return -1;
+        if (s->place[slot] != FREE) {
+            s->spare[s->place[slot]]--;
+            clear(s, slot);
+        }
+        fill(s, slot, e);
+        s->covers[slot] = 1;
+        s->reference[slot] = (i32)e;
+    }
+    return 0;
 }
 
 /* Where to bring an expert that needs a new failure domain. */

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heapreplace, heappop
+from heapq import heapify, heappop, heapreplace
 
 from elastic_ep.core.eplb.reference.layer import Layer, descending
 

@@ -68,12 +68,14 @@ class Pour:
                 break
 
     def to_units(self, expert: int, units: int, out: list[int]) -> None:
-        """Whole numbers near units * part / weight that add up to ``units`` (even ones for no weight); the remainder goes to the largest
-        fractions, the first among equals."""
-        held, weight, rest = self.slots[expert], self.weight[expert], units
+        """Whole numbers near units * part / sum of parts (even ones if there is none) that add up to ``units``; the remainder goes to the
+        largest fractions, the first among equals."""
+        held, rest, total = self.slots[expert], units, 0.0
+        for slot in held:
+            total += self.part[slot]
         lack = []
         for slot in held:
-            exact = units * (self.part[slot] / weight) if weight > 0.0 else units / len(held)
+            exact = units * (self.part[slot] / total) if total > 0.0 else units / len(held)
             out[slot] = int(exact)
             lack.append(out[slot] - exact)
             rest -= out[slot]
