@@ -1,0 +1,178 @@
+"""Transfer plans, executed step by step against a model of slot contents."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elastic_ep.core.eplb.resilient import solve_placement
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.links import LinkSpeeds, SourceKind
+from elastic_ep.core.placement import ExpertPlacement
+from elastic_ep.core.topology import Topology
+from elastic_ep.core.transfer import plan_transfer
+
+FEW = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def execute(plan, contents, target, topology, active, node, staging_slots, backups=None):
+    """Do every round on a copy of the contents; checks sources, buffers and coverage on the way."""
+    held = contents.copy()
+    live = topology.live_slot_mask(active)
+    held[:, ~live] = -1
+    wanted = target.physical_to_logical_map
+    needed = [set(row[row >= 0].tolist()) for row in wanted]
+    for index, step in enumerate(plan.rounds):
+        before = held.copy()
+        written = {(c.layer, c.slot) for c in step.copies}
+        assert len(written) == len(step.copies)
+        for copy in step.copies:
+            assert topology.rank_of_slot[copy.slot] == copy.rank
+            assert active[copy.rank]
+            source = copy.source
+            if source.kind is SourceKind.HOST:
+                assert backups[node[copy.rank]][copy.layer, copy.expert]
+            elif source.kind is not SourceKind.CHECKPOINT:
+                assert active[source.rank]
+                assert topology.rank_of_slot[source.slot] == source.rank
+                assert before[copy.layer, source.slot] == copy.expert
+                assert not (step.in_place and (copy.layer, source.slot) in written)
+                same = node[source.rank] == node[copy.rank]
+                assert source.kind is (SourceKind.SAME_NODE if same else SourceKind.OTHER_NODE)
+            held[copy.layer, copy.slot] = copy.expert
+        if not step.in_place:
+            assert max(Counter(c.rank for c in step.copies).values(), default=0) <= staging_slots
+        for move in step.local_moves:
+            assert topology.rank_of_slot[move.slot] == topology.rank_of_slot[move.from_slot]
+            held[move.layer, move.slot] = before[move.layer, move.from_slot]
+        for layer, row in enumerate(held):
+            had = set(before[layer].tolist()) & needed[layer]
+            assert had <= set(row.tolist()), "a round left an expert without a replica"
+            if index + 1 >= plan.num_coverage_rounds:
+                assert needed[layer] <= set(row.tolist())
+    np.testing.assert_array_equal(np.where(wanted >= 0, held, -1), wanted)
+    return held
+
+
+@st.composite
+def journeys(draw):
+    """(contents, target, topology, active): any contents, and a target that covers every expert, near them or far."""
+    ep_size = draw(st.integers(1, 6))
+    slots = tuple(draw(st.lists(st.integers(1, 4), min_size=ep_size, max_size=ep_size)))
+    nodes = tuple(draw(st.lists(st.sampled_from("ab"), min_size=ep_size, max_size=ep_size)))
+    active = np.array(draw(st.lists(st.integers(0, 1), min_size=ep_size, max_size=ep_size).filter(any)))
+    topology = Topology(slots, {"node": nodes})
+    live = int(topology.live_slot_mask(active).sum())
+    num_experts = draw(st.integers(1, live))
+    rng = np.random.default_rng(draw(st.integers(0, 100_000)))
+    load = rng.lognormal(0, 1, (2, num_experts))
+    near = draw(st.booleans())
+    contents = rng.integers(-1, num_experts, (2, topology.num_slots))
+    if draw(st.booleans()):
+        contents = solve_placement(load[:, ::-1].copy(), topology, np.ones(ep_size), tolerance=0.0).placement.physical_to_logical_map.copy()
+    previous = ExpertPlacement(contents, num_experts) if near else None
+    return contents, solve_placement(load, topology, active, previous).placement, topology, active
+
+
+@FEW
+@given(journeys(), st.integers(1, 3))
+def test_plans_can_be_executed(journey, staging_slots):
+    contents, target, topology, active = journey
+    plan = plan_transfer(contents, target, topology, active, staging_slots=staging_slots, expert_bytes=10)
+    execute(plan, contents, target, topology, active, topology.labels("node"), staging_slots)
+    assert sum(plan.bytes_by_kind.values()) == 10 * plan.num_copies
+
+
+@FEW
+@given(journeys())
+def test_nothing_moves_when_contents_are_right(journey):
+    _, target, topology, active = journey
+    plan = plan_transfer(target.physical_to_logical_map, target, topology, active)
+    assert plan.rounds == ()
+    assert plan.num_kept == (target.physical_to_logical_map >= 0).sum()
+
+
+def placement(rows, num_experts):
+    return ExpertPlacement(np.array(rows), num_experts)
+
+
+def test_single_replicas_change_places_with_one_buffer_each():
+    # Ranks 0 and 1 hold {0, 1} and {2, 3} and are to change places entirely: two rounds of one copy to each, never a gap.
+    topology = Topology((2, 2), {"node": ("a", "a")})
+    contents = np.array([[0, 1, 2, 3]])
+    plan = plan_transfer(contents, placement([[2, 3, 0, 1]], 4), topology, [1, 1])
+    assert [len(r.copies) for r in plan.rounds] == [2, 2]
+    execute(plan, contents, placement([[2, 3, 0, 1]], 4), topology, [1, 1], ("a", "a"), 1)
+
+
+def test_within_a_rank_nothing_goes_over_a_link():
+    plan = plan_transfer(np.array([[0, 1, 2]]), placement([[2, 0, 1]], 3), Topology((3,)), [1])
+    assert plan.num_copies == 0
+    assert [(m.slot, m.from_slot) for m in plan.rounds[0].local_moves] == [(0, 2), (1, 0), (2, 1)]
+    assert plan.seconds == 0.0
+
+
+def test_sources_are_alive_near_and_shared_out():
+    # Expert 0 is on rank 0 (dead), on ranks 1 and 2 of node a and on rank 4 of node b; rank 3 of node a and ranks 5, 6 of node b want it.
+    nodes = ("a", "a", "a", "a", "b", "b", "b")
+    topology = Topology((1,) * 7, {"node": nodes})
+    contents = np.array([[0, 0, 0, 1, 0, 1, 1]])
+    active = [0, 1, 1, 1, 1, 1, 1]
+    target = placement([[-1, 1, 0, 0, 0, 0, 0]], 2)
+    plan = plan_transfer(contents, target, topology, active, expert_bytes=100)
+    execute(plan, contents, target, topology, active, nodes, 1)
+    by_rank = {c.rank: c.source for step in plan.rounds for c in step.copies}
+    assert by_rank[3].kind is by_rank[5].kind is by_rank[6].kind is SourceKind.SAME_NODE
+    assert 0 not in {s.rank for s in by_rank.values()}
+
+
+def test_one_rank_does_not_send_to_all():
+    # Eight ranks want expert 0; two hold it. Each sends half of the bytes.
+    topology = Topology((1,) * 10, {"node": ("a",) * 10})
+    contents = np.array([[0, 0] + [1] * 8])
+    target = placement([[1, 0] + [0] * 8], 2)
+    plan = plan_transfer(contents, target, topology, [1] * 10, expert_bytes=100)
+    sent = {k.owner: v for k, v in plan.link_bytes.items() if k.name == "out same_node"}
+    assert max(sent[0], sent[1]) <= 500
+
+
+def test_lost_experts_come_from_host_memory_before_the_checkpoint_and_come_first():
+    topology = Topology((2, 2), {"node": ("a", "b")})
+    contents = np.array([[0, 1, 0, -1], [0, 1, 2, 0]])
+    target = placement([[0, 1, 0, 2], [1, 0, 2, 0]], 3)
+    backup = np.zeros((2, 3), dtype=bool)
+    backup[0, 2] = True
+    plan = plan_transfer(contents, target, topology, [1, 1], backups={"b": backup}, expert_bytes=7)
+    assert plan.num_coverage_rounds == 1
+    assert plan.rounds[0].in_place
+    assert [(c.layer, c.slot, c.expert, c.source.kind) for c in plan.rounds[0].copies] == [(0, 3, 2, SourceKind.HOST)]
+    assert plan.bytes_by_kind == {SourceKind.HOST: 7}
+    execute(plan, contents, target, topology, [1, 1], ("a", "b"), 1, {"b": backup})
+
+
+def test_times_follow_the_links():
+    topology = Topology((1, 1), {"node": ("a", "b")})
+    speeds = LinkSpeeds(other_node=10.0, checkpoint=1.0)
+    plan = plan_transfer(np.array([[0, -1]]), placement([[0, 0]], 1), topology, [1, 1], expert_bytes=20, speeds=speeds)
+    assert plan.seconds == 2.0
+    plan = plan_transfer(np.array([[-1, -1]]), placement([[0, -1]], 1), topology, [1, 1], expert_bytes=20, speeds=speeds)
+    assert (plan.coverage_seconds, plan.seconds) == (20.0, 20.0)
+    assert {k.name: v for k, v in plan.link_seconds.items()} == {"checkpoint": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contents": np.zeros((1, 3))}, "do not belong together"),
+        ({"staging_slots": 0}, "staging_slots is 0"),
+        ({"active_ranks": [1, 0]}, "puts expert 1 of layer 0 into slot 1 of a dead rank"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"contents": [[0, 1]], "target": placement([[0, 1]], 2), "topology": Topology((1, 1)), "active_ranks": [1, 1], **change}
+    with pytest.raises(InvalidInputError, match=message):
+        plan_transfer(**arguments)
