@@ -6,7 +6,7 @@ voids the step in flight, fences the failed rank, makes a new epoch, plans, inst
 
 from __future__ import annotations
 
-from elastic_ep.brain import epochs, members, steps
+from elastic_ep.brain import changes, epochs, members, steps
 from elastic_ep.brain.events import (
     Cancelled,
     Command,
@@ -23,7 +23,18 @@ from elastic_ep.brain.events import (
     Submitted,
     TimePassed,
 )
-from elastic_ep.brain.messages import DenseLoaded, Heartbeat, Hello, Installed, InstallFailed, RankFatal, StepDone, StepFailed
+from elastic_ep.brain.messages import (
+    DenseLoaded,
+    Heartbeat,
+    Hello,
+    Installed,
+    InstallFailed,
+    RankFatal,
+    Staged,
+    StageFailed,
+    StepDone,
+    StepFailed,
+)
 from elastic_ep.brain.seats import Seat, SeatState
 from elastic_ep.brain.settings import BrainSettings
 from elastic_ep.brain.state import BrainState, Transaction
@@ -64,6 +75,8 @@ class Brain:
                 if seat:
                     seat.probed_at, seat.seen_running = None, now
                     state.silence_check_at = min(state.silence_check_at, now + state.settings.heartbeat_timeout_s)
+            case Planned() if event.change is not None:
+                changes.on_planned(state, event)
             case Planned():
                 epochs.on_planned(state, event, now)
             case StopRequested():
@@ -77,6 +90,7 @@ class Brain:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
         times = [state.boot_deadline, state.fence_deadline, state.silence_check_at]
+        times += [t for seat in state.seats for t in (seat.restart_at, seat.start_deadline) if t is not None]
         for transaction in (state.step, state.install):
             if transaction:
                 times += [transaction.deadline, transaction.verdict_at]
@@ -128,11 +142,16 @@ class Brain:
                 epochs.on_installed(state, seat, installed, now)
             case InstallFailed() as failed:
                 epochs.on_install_failed(state, seat, failed, now)
+            case Staged() as staged:
+                changes.on_staged(state, seat, staged)
+            case StageFailed() as failed:
+                changes.on_stage_failed(state, seat, failed, now)
             case DenseLoaded():
                 seat.move(SeatState.READY)
+                seat.start_deadline = None
                 members.boot_if_ready(state, now)
             case RankFatal() as fatal:
-                if state.group.phase is Phase.BOOTING or (state.membership.epoch <= 1 and state.group.phase is Phase.INSTALLING):
+                if state.membership.epoch == 0 or (state.membership.epoch == 1 and state.group.phase is Phase.INSTALLING):
                     members.stop(state, fatal.error)
                 else:
                     members.fail(state, seat.rank, FailureCause.FATAL, fatal.error, now)
@@ -160,6 +179,7 @@ class Brain:
 
     def _on_time(self, now: float) -> None:
         state = self.state
+        changes.start_seats(state, now)
         if state.silence_check_at <= now:
             self._check_silence(now)
         if state.boot_deadline is not None and state.boot_deadline <= now:
@@ -169,7 +189,7 @@ class Brain:
                     members.fail(state, seat.rank, FailureCause.WEDGED, f"not ready after {state.settings.boot_timeout_s:g} s", now)
         if state.fence_deadline is not None and state.fence_deadline <= now:
             for seat in members.fencing_seats(state):
-                members.bury(state, seat)
+                members.bury(state, seat, now)
             members.after_fencing(state, now)
         for transaction in (state.step, state.install):
             if transaction and transaction.verdict_at is not None and transaction.verdict_at <= now:

@@ -85,6 +85,7 @@ def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) 
     for rank in state.membership.ranks:
         if state.seats[rank].state is SeatState.READY:
             state.seats[rank].move(SeatState.ACTIVE)
+            state.seats[rank].failed_starts = 0
     if state.record:
         state.record.moved = now
     state.group.apply(Trigger.INSTALLED, now=now, epoch=message.epoch, reason=f"{len(state.membership.ranks)} ranks installed")

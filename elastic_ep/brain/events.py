@@ -77,11 +77,13 @@ class RankRuns:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The answer to MakePlan. `plan` is None when the live slots cannot hold all experts and streaming them is not allowed."""
+    """The answer to MakePlan, whose epoch and change it repeats. `plan` is None when the live slots cannot hold all experts and
+    streaming them is not allowed."""
 
     epoch: int
     plan: GroupPlan | None
     reason: str = ""
+    change: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,14 @@ class Fence:
 
 
 @dataclass(frozen=True, slots=True)
+class StartRank:
+    """Start a process for this seat."""
+
+    rank: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """A rank is silent. Look at its process: answer RankRuns if it is seen to run, RankFailed if it is not or cannot be seen."""
 
@@ -192,10 +202,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Solve for these members (a pure function, `planner.plan`); answer Planned."""
+    """Solve for these members (a pure function, `planner.plan`); answer Planned.
+
+    Attributes:
+        change: number of the planned change it is for, None for a recovery. A recovery moves only what it must; a change also restores
+            redundancy and balance.
+    """
 
     epoch: int
     active: tuple[int, ...]
+    change: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,4 +245,4 @@ class Stopped:
     error: str = ""
 
 
-Command = Send | Fence | Probe | MakePlan | Emit | StepCommitted | Publish | Stopped
+Command = Send | Fence | StartRank | Probe | MakePlan | Emit | StepCommitted | Publish | Stopped

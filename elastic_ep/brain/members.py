@@ -8,44 +8,82 @@ from elastic_ep.brain.requests import Sequence
 from elastic_ep.brain.seats import Seat, SeatState
 from elastic_ep.brain.state import BrainState
 from elastic_ep.core.membership import Membership
-from elastic_ep.core.recovery import Phase, RecoveryRecord, Trigger
+from elastic_ep.core.recovery import Phase, RecoveryRecord, Tier, Trigger
 
 
 def boot_if_ready(state: BrainState, now: float) -> None:
-    if state.group.phase is not Phase.BOOTING:
+    """Plan with every rank that lives, once all of them are ready. Not while the group serves: then a rank that is ready joins it."""
+    if state.group.phase not in (Phase.BOOTING, Phase.REFUSING):
         return
     alive = [s for s in state.seats if s.is_alive]
-    if not alive or any(s.state is not SeatState.READY for s in alive) or fencing_seats(state):
+    if any(s.state not in (SeatState.READY, SeatState.ACTIVE) for s in alive) or fencing_seats(state):
+        return
+    if not any(s.state is SeatState.READY for s in alive):
         return
     state.boot_deadline = None
     state.group.apply(Trigger.RANKS_READY, now=now, epoch=state.membership.epoch, reason=f"{len(alive)} ranks ready")
-    make_plan(state, now)
+    make_plan(state, tuple(int(s.is_alive) for s in state.seats), now)
+
+
+def is_member(state: BrainState, rank: int) -> bool:
+    """Whether the group depends on this rank. While it boots it depends on all of them."""
+    return state.group.phase is Phase.BOOTING or state.membership.is_active(rank)
 
 
 def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: float) -> None:
-    """Give a rank up: void what is in flight, fence it, and start (or restart) the recovery."""
+    """Give a rank up and fence it. If it was a member, void what is in flight and start (or restart) the recovery."""
     seat = state.seats[rank]
     if not seat.is_alive:
         return
+    was_member = is_member(state, rank)
     last_sign = seat.last_sign
+    if seat.state is not SeatState.ACTIVE:
+        seat.failed_starts += 1
     seat.move(SeatState.FENCING)
+    seat.start_deadline = None
     seat.failure = f"{cause.value}{': ' + detail if detail else ''}"
     state.publish("rank_failed", rank=rank, cause=cause.value, detail=detail, epoch=state.membership.epoch)
     state.out.append(Fence(rank, seat.incarnation, seat.failure))
     state.fence_deadline = now + state.settings.fence_timeout_s
     if state.group.phase is Phase.DOWN:
         return
+    if not was_member:
+        if state.change is not None and rank in state.change.joiners:
+            drop_change(state)
+        return
+    drop_change(state)
     void(state)
-    if not any(s.is_alive for s in state.seats):
-        state.group.apply(Trigger.NO_RANK_LEFT, now=now, epoch=state.membership.epoch, reason=f"rank {rank} was the last: {seat.failure}")
-        stop(state, f"no rank is left alive; the last, rank {rank}, failed: {seat.failure}")
+    if not any(s.is_alive and is_member(state, s.rank) for s in state.seats):
+        _lose_all(state, seat, now)
         return
     if state.group.phase is not Phase.BOOTING:
-        if state.record is None:
+        if state.record is None or state.record.tier is Tier.REBALANCE:
             state.record = RecoveryRecord(cause.value, [rank], last_sign=last_sign, detected=now)
         else:
             state.record.restart(rank, cause.value)
     state.group.apply(Trigger.RANK_FAILED, now=now, epoch=state.membership.epoch, reason=f"rank {rank} {seat.failure}")
+
+
+def _lose_all(state: BrainState, last: Seat, now: float) -> None:
+    """No member is left. Those that start, or may be started again, boot anew; requests wait for them. Else it is over."""
+    reason = f"rank {last.rank} was the last: {last.failure}"
+    if any(s.is_alive for s in state.seats) or any(may_restart(state, s) for s in state.seats):
+        state.group.apply(Trigger.MEMBERS_LOST, now=now, epoch=state.membership.epoch, reason=reason)
+        state.boot_deadline = now + state.settings.boot_timeout_s
+        return
+    state.group.apply(Trigger.NO_RANK_LEFT, now=now, epoch=state.membership.epoch, reason=reason)
+    stop(state, f"no rank is left alive; the last, rank {last.rank}, failed: {last.failure}")
+
+
+def drop_change(state: BrainState) -> None:
+    """Give up a change that is being staged; what it was for is looked at again when the group serves."""
+    state.change = None
+    state.between_steps = []
+    state.restore_due = True
+
+
+def may_restart(state: BrainState, seat: Seat) -> bool:
+    return state.settings.restart and not state.stopping and seat.failed_starts < state.settings.restart_limit
 
 
 def void(state: BrainState) -> None:
@@ -61,16 +99,23 @@ def on_fenced(state: BrainState, event: RankFenced, now: float) -> None:
     seat = state.seats[event.rank]
     if seat.incarnation != event.incarnation or seat.state is not SeatState.FENCING:
         return
-    bury(state, seat)
+    bury(state, seat, now)
     after_fencing(state, now)
 
 
-def bury(state: BrainState, seat: Seat) -> None:
+def bury(state: BrainState, seat: Seat, now: float) -> None:
+    """Its place is empty now: forget what it held, move its requests, and perhaps start another process for the seat."""
     seat.move(SeatState.DEAD)
     state.contents.clear_rank(state.settings.topology, seat.rank)
     state.release[seat.rank] = []
     moved = state.requests.evict_rank(seat.rank)
     state.publish("rank_fenced", rank=seat.rank, requests_moved=len(moved))
+    if may_restart(state, seat):
+        wait = state.settings.restart_backoff_s * 2**seat.failed_starts
+        seat.restart_at = now + min(wait, state.settings.restart_backoff_max_s)
+    elif state.settings.restart and not state.stopping:
+        reason = f"{seat.failed_starts} processes in a row failed before they were members; the last: {seat.failure}"
+        state.publish("rank_left_out", rank=seat.rank, reason=reason)
 
 
 def fencing_seats(state: BrainState) -> list[Seat]:
@@ -83,13 +128,13 @@ def after_fencing(state: BrainState, now: float) -> None:
     state.fence_deadline = None
     if state.group.phase is Phase.FENCING:
         state.group.apply(Trigger.FENCED, now=now, epoch=state.membership.epoch, reason="all failed ranks are harmless")
-        make_plan(state, now)
+        make_plan(state, tuple(int(s.is_alive and state.membership.is_active(s.rank)) for s in state.seats), now)
     else:
         boot_if_ready(state, now)
 
 
-def make_plan(state: BrainState, now: float) -> None:
-    active = tuple(int(s.state in (SeatState.READY, SeatState.ACTIVE)) for s in state.seats)
+def make_plan(state: BrainState, active: tuple[int, ...], now: float) -> None:
+    """Begin the next epoch with these members."""
     state.membership = Membership(state.membership.epoch + 1, active)
     if state.record:
         state.record.agreed, state.record.epoch = now, state.membership.epoch
@@ -101,6 +146,7 @@ def close_record(state: BrainState, now: float) -> None:
         state.record.resumed = now
         state.recoveries.append(state.record)
         state.publish("recovery", **state.record.as_status())
+        state.restore_due = state.restore_due or state.record.tier is not Tier.REBALANCE
         state.record = None
 
 

@@ -118,6 +118,20 @@ class InstallFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Staged:
+    """Everything that a Stage ordered lies verified beside the live slots; an Install may name it."""
+
+    change: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailed:
+    change: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class StepDone:
     epoch: int
     step: int
@@ -162,7 +176,7 @@ class Install:
         physical_to_logical_map: int32 [num_layers, P] as bytes (little-endian, C order), -1 empty.
         quotas: float64 [num_layers, P] as bytes, or None for an even split.
         streamed: [layer, expert, rank] triples for experts without a slot.
-        loads: slots of the receiver to fill first.
+        loads: slots of the receiver to fill first; what was staged for them is used.
     """
 
     epoch: int
@@ -176,6 +190,20 @@ class Install:
     streamed: tuple[tuple[int, int, int], ...]
     loads: tuple[LoadOrder, ...]
     deadline_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Read these experts beside what is served, and keep them apart until an Install puts them into their slots. A newer Stage, and
+    any Install, ends an older one.
+
+    Attributes:
+        bytes_per_s: how fast at most; 0 is as fast as it goes.
+    """
+
+    change: int
+    loads: tuple[LoadOrder, ...]
+    bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,5 +221,5 @@ class Shutdown:
     reason: str = field(default="server is stopping")
 
 
-RankMessage = Hello | DenseLoaded | Installed | InstallFailed | StepDone | StepFailed | Heartbeat | RankFatal
-ControllerMessage = Install | RunStep | Shutdown
+RankMessage = Hello | DenseLoaded | Installed | InstallFailed | Staged | StageFailed | StepDone | StepFailed | Heartbeat | RankFatal
+ControllerMessage = Install | Stage | RunStep | Shutdown

@@ -36,12 +36,14 @@ def plan(
     active: tuple[int, ...],
     contents: NDArray[np.int64],
     load: NDArray[np.float64] | None = None,
+    max_moves: int | None = None,
 ) -> GroupPlan:
-    """Place all experts over the active ranks. From nothing, a full solve; else only what lost experts need, so that serving goes on soon.
+    """Place all experts over the active ranks, starting from what their slots hold.
 
     Args:
         contents: int64 [L, P], what each slot holds now (-1: nothing); slots of inactive ranks are ignored.
         load: float [L, E] tokens per expert, None when nothing was measured yet.
+        max_moves: moves at most, besides those that lost experts need. 0 in a recovery, so that serving goes on soon.
 
     Raises:
         InsufficientSlotsError: too few live slots and streaming is not allowed.
@@ -60,7 +62,7 @@ def plan(
         None if from_nothing else ExpertPlacement(held, num_experts),
         min_replicas=max(1, min(num_live // num_experts, sum(active))),
         spread=settings.spread,
-        max_moves=None if from_nothing else 0,
+        max_moves=None if from_nothing else max_moves,
     )
     return GroupPlan(
         placement=solved.placement,

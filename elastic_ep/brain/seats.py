@@ -22,7 +22,7 @@ class SeatState(enum.Enum):
     FENCING = "fencing"
     """it failed; being made harmless"""
     DEAD = "dead"
-    """it is gone; the seat is empty"""
+    """it is gone; the seat is empty, perhaps until a restart"""
 
 
 _S = SeatState
@@ -53,6 +53,11 @@ class Seat:
     seen_running: float = 0.0
     """when a Probe last saw its process run"""
     failure: str = ""
+    failed_starts: int = 0
+    """processes in a row that never became a member"""
+    restart_at: float | None = None
+    start_deadline: float | None = None
+    """when a process that was started again must have its dense weights"""
 
     def move(self, state: SeatState) -> None:
         if state not in _ALLOWED[self.state]:

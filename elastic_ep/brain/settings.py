@@ -22,6 +22,10 @@ class BrainSettings:
         load_bytes_per_s: the slowest source that is not called wedged.
         fence_timeout_s: a process that has not ended by then is shut out by its epoch alone.
         verdict_window_s: how long to collect accusations before judging, when the accused still seems alive.
+        restart: whether a dead rank's seat gets a new process.
+        restart_backoff_s: wait before it, doubled with each process in a row that never became a member, up to `restart_backoff_max_s`.
+        restart_limit: so many of those in a row, and the seat stays empty.
+        stage_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         max_waiting: requests that may wait; one more is refused.
     """
 
@@ -37,6 +41,11 @@ class BrainSettings:
     load_bytes_per_s: float = 20e6
     fence_timeout_s: float = 2.0
     verdict_window_s: float = 0.02
+    restart: bool = False
+    restart_backoff_s: float = 0.5
+    restart_backoff_max_s: float = 30.0
+    restart_limit: int = 5
+    stage_bytes_per_s: float = 0.0
     max_waiting: int = 1024
 
     def install_deadline_s(self, num_loads: int) -> float:

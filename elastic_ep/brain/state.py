@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic_ep.brain.events import Command, GroupPlan, Publish
+from elastic_ep.brain.events import Command, GroupPlan, Publish, Send
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.brain.requests import RequestTable, Sequence
 from elastic_ep.brain.seats import Seat
@@ -34,12 +35,45 @@ class Transaction:
     extensions: int = 0
 
 
+class ChangeKind(enum.Enum):
+    """Why a planned change is made."""
+
+    REJOIN = "rejoin"
+    """processes that took dead ranks' seats become members"""
+    RESTORE = "restore"
+    """redundancy and balance after a recovery"""
+
+
+@dataclass
+class Change:
+    """A planned change: staged beside the live slots while steps go on, then installed between two steps.
+
+    Attributes:
+        joiners: seats that become members with it.
+        active: the members after it.
+        pending: ranks that still stage.
+        is_due: all is staged; it is installed before the next step.
+    """
+
+    number: int
+    kind: ChangeKind
+    joiners: tuple[int, ...]
+    active: tuple[int, ...]
+    started: float
+    plan: GroupPlan | None = None
+    pending: set[int] = field(default_factory=set)
+    bytes_read: int = 0
+    is_due: bool = False
+
+
 class BrainState:
     """One group of ranks and the requests it serves.
 
     Attributes:
         membership: of the newest epoch, installed or not.
         step, install: the transaction in flight, if any; never both.
+        change: the planned change under way; `restore_due` asks for one that restores redundancy.
+        between_steps: messages held until no step is in flight, since what a rank hears during a step interrupts it.
         record: the recovery under way; `recoveries` keeps the finished ones.
         digests: (layer, expert) -> digest of its bytes as first read.
         release: rank -> sequences whose KV it may free, told with its next step.
@@ -58,6 +92,10 @@ class BrainState:
         self.plan: GroupPlan | None = None
         self.step: Transaction | None = None
         self.install: Transaction | None = None
+        self.change: Change | None = None
+        self.changes_made = 0
+        self.restore_due = False
+        self.between_steps: list[Send] = []
         self.record: RecoveryRecord | None = None
         self.recoveries: deque[RecoveryRecord] = deque(maxlen=RECOVERIES_KEPT)
         self.steps_run = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.brain import members
+from elastic_ep.brain import changes, members
 from elastic_ep.brain.events import Emit, FailureCause, Send, StepCommitted
 from elastic_ep.brain.messages import RunStep, SampledToken, SequenceWork, StepDone
 from elastic_ep.brain.requests import Sequence
@@ -15,8 +15,14 @@ _MAY_STEP = (Phase.SERVING, Phase.RESUMING)
 
 
 def run_step(state: BrainState, now: float) -> None:
-    """Start the next step if the group may serve and there is anything to do."""
+    """Start the next step if the group may serve and there is anything to do; before it, install a change that is due."""
     if state.group.phase not in _MAY_STEP or state.step is not None:
+        return
+    changes.consider(state, now)
+    state.out += state.between_steps
+    state.between_steps = []
+    if state.change is not None and state.change.is_due:
+        changes.switch(state, now)
         return
     place_waiting(state.requests, state.membership.ranks, state.settings.limits)
     work = step_work(state.requests, state.membership.ranks, state.settings.limits)

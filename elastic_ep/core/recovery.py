@@ -19,7 +19,7 @@ class Phase(enum.Enum):
     """What the group is doing."""
 
     BOOTING = "booting"
-    """ranks are starting and reading dense weights"""
+    """no member yet, or none any more: ranks are starting and reading dense weights"""
     FENCING = "fencing"
     """a rank failed: make sure that it can change nothing any more"""
     PLANNING = "planning"
@@ -45,6 +45,8 @@ class Trigger(enum.Enum):
     TOO_FEW_SLOTS = "too_few_slots"
     INSTALLED = "installed"
     COMMITTED = "committed"
+    CHANGE_STAGED = "change_staged"
+    MEMBERS_LOST = "members_lost"
     NO_RANK_LEFT = "no_rank_left"
 
 
@@ -57,12 +59,15 @@ TRANSITIONS: dict[tuple[Phase, Trigger], Phase] = {
     (_P.INSTALLING, _T.INSTALLED): _P.RESUMING,
     (_P.RESUMING, _T.COMMITTED): _P.SERVING,
     (_P.FENCING, _T.FENCED): _P.PLANNING,
+    (_P.SERVING, _T.CHANGE_STAGED): _P.INSTALLING,
     (_P.SERVING, _T.RANK_FAILED): _P.FENCING,
     (_P.RESUMING, _T.RANK_FAILED): _P.FENCING,
     (_P.INSTALLING, _T.RANK_FAILED): _P.FENCING,
     (_P.PLANNING, _T.RANK_FAILED): _P.FENCING,
     (_P.FENCING, _T.RANK_FAILED): _P.FENCING,
     (_P.REFUSING, _T.RANK_FAILED): _P.REFUSING,
+    (_P.REFUSING, _T.RANKS_READY): _P.PLANNING,
+    **{(phase, _T.MEMBERS_LOST): _P.BOOTING for phase in Phase if phase is not _P.DOWN},
     **{(phase, _T.NO_RANK_LEFT): _P.DOWN for phase in Phase if phase is not _P.DOWN},
 }
 

@@ -201,12 +201,13 @@ class Controller:
                 self.stopped.set()
 
     def _make_plan(self, command: ev.MakePlan) -> None:
-        brain = self.brain
+        max_moves = 0 if command.change is None else None
+        contents = self.brain.state.contents.experts
         try:
-            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, brain.state.contents.experts)
-            self._queue.append(ev.Planned(command.epoch, plan))
+            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, contents, max_moves=max_moves)
+            self._queue.append(ev.Planned(command.epoch, plan, change=command.change))
         except InsufficientSlotsError as error:
-            self._queue.append(ev.Planned(command.epoch, None, str(error)))
+            self._queue.append(ev.Planned(command.epoch, None, str(error), command.change))
 
     # ---- ranks
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from elastic_ep.core.errors import ElasticEPError
+from elastic_ep.core.errors import ElasticEPError, InvalidInputError
 from elastic_ep.serving.probe import fetch_status
 
 
@@ -54,7 +54,14 @@ class ServerProcess:
         return str(self.facts["url"])
 
     def status(self) -> dict[str, Any]:
-        return fetch_status(self.url)
+        """GET /elastic/status. Raises ServerFailed with what the server said if it has ended."""
+        try:
+            return fetch_status(self.url)
+        except InvalidInputError:
+            if self.process.poll() is None:
+                raise
+            _, self.stderr = self.process.communicate()
+            raise ServerFailed(f"the server ended with status {self.process.returncode}: {self.stderr.strip()}") from None
 
     def rank_pid(self, rank: int) -> int:
         return int(self.status()["ranks"][rank]["pid"])

@@ -18,6 +18,8 @@ from elastic_ep.brain.messages import (
     RunStep,
     SampledToken,
     SamplingParams,
+    Stage,
+    Staged,
     StepDone,
 )
 from elastic_ep.brain.planner import PlanSettings
@@ -45,6 +47,8 @@ class World:
         self.mute: set[int] = set()
         self.wedged: set[int] = set()
         self.unfenceable: set[int] = set()
+        self.unstartable: set[int] = set()
+        self.incarnation: dict[int, int] = defaultdict(int)
         self.kv: dict[int, dict[int, list[int]]] = defaultdict(dict)
         self.received: dict[int, list[int]] = defaultdict(list)
         self.finished: dict[str, str] = {}
@@ -63,8 +67,11 @@ class World:
                             self.inbox.append((command.rank, command.message))
                     case ev.Fence():
                         self.mute.add(command.rank)
+                        self.inbox = deque(item for item in self.inbox if item[0] != command.rank)
                         if command.rank not in self.unfenceable:
                             queue.append(ev.RankFenced(command.rank, command.incarnation))
+                    case ev.StartRank():
+                        self.restarted(command.rank, command.incarnation)
                     case ev.MakePlan():
                         queue.append(self.make_plan(command))
                     case ev.Emit():
@@ -77,14 +84,23 @@ class World:
 
     def make_plan(self, command: ev.MakePlan) -> ev.Planned:
         try:
-            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, self.brain.state.contents.experts)
+            contents, max_moves = self.brain.state.contents.experts, 0 if command.change is None else None
+            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, contents, max_moves=max_moves)
         except InsufficientSlotsError as error:
-            return ev.Planned(command.epoch, None, str(error))
+            return ev.Planned(command.epoch, None, str(error), command.change)
         self.plans.append(plan)
-        return ev.Planned(command.epoch, plan)
+        return ev.Planned(command.epoch, plan, change=command.change)
+
+    def restarted(self, rank: int, incarnation: int) -> None:
+        """A new process sits down: it has nothing, and says so when its turn comes."""
+        self.incarnation[rank] = incarnation
+        self.mute.discard(rank)
+        self.kv[rank] = {}
+        if rank not in self.unstartable:
+            self.inbox.append((rank, "hello"))
 
     def say(self, rank: int, message: object) -> None:
-        self.feed(ev.RankSaid(rank, 0, message))
+        self.feed(ev.RankSaid(rank, self.incarnation[rank], message))
 
     def boot(self) -> World:
         for rank in range(self.settings.topology.ep_size):
@@ -101,6 +117,11 @@ class World:
         if rank in self.mute:
             return True
         match message:
+            case "hello":
+                self.feed(ev.RankConnected(Hello(rank, self.incarnation[rank], 100 + rank, "h", "t", f"unix:/{rank}.new")))
+                self.say(rank, DenseLoaded(0, 1.0))
+            case Stage():
+                self.say(rank, Staged(message.change, 1000 * len(message.loads)))
             case Install():
                 loaded = tuple(LoadedSlot(o.layer, o.slot, o.expert, 7) for o in message.loads)
                 self.say(rank, Installed(message.epoch, loaded, 1000 * len(loaded), 0.1))
@@ -151,7 +172,7 @@ class World:
 
     def kill(self, rank: int, cause: ev.FailureCause = ev.FailureCause.EXITED) -> None:
         self.mute.add(rank)
-        self.feed(ev.RankFailed(rank, 0, cause))
+        self.feed(ev.RankFailed(rank, self.incarnation[rank], cause))
 
 
 def expected(prompt: list[int], count: int) -> list[int]:

@@ -8,7 +8,19 @@ import pytest
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain.events import FailureCause
-from elastic_ep.brain.messages import DenseLoaded, Hello, Install, Installed, InstallFailed, LoadedSlot, RankFatal, RunStep, Shutdown, StepDone, StepFailed
+from elastic_ep.brain.messages import (
+    DenseLoaded,
+    Hello,
+    Install,
+    Installed,
+    InstallFailed,
+    LoadedSlot,
+    RankFatal,
+    RunStep,
+    Shutdown,
+    StepDone,
+    StepFailed,
+)
 from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.core.recovery import Phase, Tier
 from tests.brain.harness import World, expected

@@ -23,6 +23,9 @@ _KINDS: tuple[type, ...] = (
     messages.Install,
     messages.RunStep,
     messages.Shutdown,
+    messages.Stage,
+    messages.Staged,
+    messages.StageFailed,
 )
 _KIND_OF = {cls: i for i, cls in enumerate(_KINDS)}
 _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]

@@ -1,0 +1,99 @@
+"""Planned changes: a rank comes back, redundancy is restored. Staged while steps go on, installed between two. Functions over the state."""
+
+from __future__ import annotations
+
+from elastic_ep.brain import epochs, members
+from elastic_ep.brain.events import FailureCause, MakePlan, Planned, Send, StartRank
+from elastic_ep.brain.messages import LoadOrder, Stage, Staged, StageFailed
+from elastic_ep.brain.seats import Seat, SeatState
+from elastic_ep.brain.state import BrainState, Change, ChangeKind
+from elastic_ep.core.membership import Membership
+from elastic_ep.core.recovery import Phase, RecoveryRecord, Tier, Trigger
+
+
+def start_seats(state: BrainState, now: float) -> None:
+    """Start the processes whose time has come, and give up those that take too long."""
+    for seat in state.seats:
+        if seat.restart_at is not None and seat.restart_at <= now:
+            seat.restart_at = None
+            seat.incarnation += 1
+            seat.move(SeatState.STARTING)
+            seat.start_deadline = now + state.settings.boot_timeout_s
+            state.publish("rank_starting", rank=seat.rank, incarnation=seat.incarnation)
+            state.out.append(StartRank(seat.rank, seat.incarnation))
+        elif seat.start_deadline is not None and seat.start_deadline <= now:
+            seat.start_deadline = None
+            members.fail(state, seat.rank, FailureCause.WEDGED, f"not ready after {state.settings.boot_timeout_s:g} s", now)
+
+
+def consider(state: BrainState, now: float) -> None:
+    """Begin a change if there is a reason for one and nothing else is going on."""
+    if state.group.phase is not Phase.SERVING or state.change is not None or state.stopping:
+        return
+    joiners = tuple(s.rank for s in state.seats if s.state is SeatState.READY and not state.membership.is_active(s.rank))
+    if not joiners and not state.restore_due:
+        return
+    kind = ChangeKind.REJOIN if joiners else ChangeKind.RESTORE
+    active = tuple(int(state.membership.is_active(s.rank) or s.rank in joiners) for s in state.seats)
+    state.restore_due = False
+    state.changes_made += 1
+    state.change = Change(state.changes_made, kind, joiners, active, now)
+    state.out.append(MakePlan(state.membership.epoch, active, state.change.number))
+
+
+def on_planned(state: BrainState, event: Planned) -> None:
+    """Have everything that the plan moves staged on its rank."""
+    change = state.change
+    if change is None or event.change != change.number or event.epoch != state.membership.epoch:
+        return
+    change.plan = event.plan
+    if event.plan is None or (change.kind is ChangeKind.RESTORE and not event.plan.loads):
+        state.change = None
+        return
+    orders: dict[int, list[LoadOrder]] = {}
+    for layer, slot, expert in event.plan.loads:
+        orders.setdefault(int(state.settings.topology.rank_of_slot[slot]), []).append(LoadOrder(layer, slot, expert))
+    change.pending = set(orders)
+    change.is_due = not orders
+    rate = state.settings.stage_bytes_per_s
+    state.between_steps += [Send(rank, Stage(change.number, tuple(loads), rate)) for rank, loads in sorted(orders.items())]
+    state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(event.plan.loads))
+
+
+def on_staged(state: BrainState, seat: Seat, message: Staged) -> None:
+    change = state.change
+    if change is None or message.change != change.number:
+        return
+    change.bytes_read += message.bytes_read
+    change.pending.discard(seat.rank)
+    change.is_due = not change.pending
+
+
+def on_stage_failed(state: BrainState, seat: Seat, message: StageFailed, now: float) -> None:
+    """A joiner that cannot read its share is given up; a member goes on serving what it holds."""
+    change = state.change
+    if change is None or message.change != change.number:
+        return
+    if seat.rank in change.joiners:
+        members.fail(state, seat.rank, FailureCause.FATAL, message.error, now)
+    else:
+        state.publish("change_failed", change=change.number, rank=seat.rank, error=message.error)
+        state.change = None
+
+
+def switch(state: BrainState, now: float) -> None:
+    """Install a change whose bytes all lie ready: the next epoch begins, no step is in flight."""
+    change = state.change
+    assert change is not None
+    assert change.plan is not None
+    assert state.step is None
+    state.change = None
+    state.membership = Membership(state.membership.epoch + 1, change.active)
+    state.record = RecoveryRecord(change.kind.value, list(change.joiners), last_sign=now, detected=now, tier=Tier.REBALANCE)
+    state.record.epoch, state.record.agreed, state.record.planned = state.membership.epoch, now, now
+    state.record.reason = change.plan.reason
+    state.record.bytes_moved["checkpoint"] = change.bytes_read
+    state.plan = change.plan
+    reason = f"{change.kind.value} of ranks {list(change.joiners)}, {len(change.plan.loads)} experts staged"
+    state.group.apply(Trigger.CHANGE_STAGED, now=now, epoch=state.membership.epoch, reason=reason)
+    epochs.send_installs(state, change.plan, now)

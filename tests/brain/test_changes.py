@@ -1,0 +1,223 @@
+"""Ranks that come back and redundancy that is restored, while the others serve."""
+
+from __future__ import annotations
+
+import random
+
+from elastic_ep.brain import events as ev
+from elastic_ep.brain.messages import Install, RunStep, Stage, Staged, StageFailed
+from elastic_ep.core.recovery import Phase, Tier
+from tests.brain.harness import World, expected
+from tests.brain.test_brain import PROMPTS, check_all, serve_all
+
+
+def restarting_world(**settings) -> World:
+    return World(restart=True, restart_backoff_s=0.5, **settings).boot()
+
+
+def test_a_killed_rank_rejoins_between_two_steps():
+    world = restarting_world()
+    serve_all(world, 60)
+    world.settle_until(lambda: len(world.received["r0"]) > 5)
+    world.kill(2)
+    world.settle_until(lambda: len(world.received["r0"]) > 10)
+    assert world.brain.state.membership.ranks == (0, 1, 3)
+    world.pass_time(0.6)
+    world.settle()
+    check_all(world, 60)
+    state = world.brain.state
+    assert state.membership.ranks == (0, 1, 2, 3)
+    assert state.seats[2].incarnation == 1
+    kinds = [record.kind for record in state.recoveries]
+    assert kinds[0] == "exited"
+    assert "rejoin" in kinds
+    assert (state.contents.experts == state.plan.placement.physical_to_logical_map).all()
+    assert (state.contents.experts != -1).all()
+
+
+def test_nothing_is_said_to_a_rank_in_mid_step_but_to_interrupt_it():
+    world = restarting_world()
+    serve_all(world, 80)
+    world.kill(1)
+    world.settle_until(lambda: len(world.received["r0"]) > 3)
+    world.pass_time(0.6)
+    in_step: set[int] = set()
+    world.commands.clear()
+    world.settle()
+    for command in world.commands:
+        if isinstance(command, ev.StepCommitted):
+            in_step.clear()
+        if isinstance(command, ev.Send):
+            assert command.rank not in in_step or isinstance(command.message, Install), command
+            if isinstance(command.message, RunStep):
+                in_step.add(command.rank)
+    check_all(world, 80)
+
+
+def test_a_joiner_that_dies_while_it_loads_disturbs_nobody():
+    world = restarting_world()
+    serve_all(world, 60)
+    world.kill(2)
+    world.settle_until(lambda: len(world.received["r0"]) > 5)
+    world.unstartable.add(2)
+    world.pass_time(0.6)
+    epoch = world.brain.state.membership.epoch
+    world.feed(ev.RankFailed(2, 1, ev.FailureCause.EXITED))
+    assert world.brain.state.membership.epoch == epoch
+    assert world.brain.state.group.phase in (Phase.SERVING, Phase.RESUMING)
+    world.settle()
+    check_all(world, 60)
+
+
+def test_a_joiner_that_dies_while_it_stages_disturbs_nobody():
+    world = restarting_world()
+    serve_all(world, 60)
+    world.kill(2)
+    world.settle_until(lambda: len(world.received["r0"]) > 5)
+    world.pass_time(0.6)
+    world.wedged.add(2)
+    world.settle_until(lambda: world.brain.state.change is not None and world.brain.state.change.pending)
+    epoch = world.brain.state.membership.epoch
+    world.kill(2)
+    assert world.brain.state.membership.epoch == epoch
+    world.wedged.clear()
+    world.settle()
+    check_all(world, 60)
+
+
+def test_a_member_that_dies_while_a_change_is_staged():
+    world = restarting_world()
+    serve_all(world, 60)
+    world.kill(2)
+    world.settle_until(lambda: len(world.received["r0"]) > 5)
+    world.pass_time(0.6)
+    world.wedged.add(2)
+    world.settle_until(lambda: world.brain.state.change is not None and world.brain.state.change.pending)
+    world.kill(0)
+    world.wedged.clear()
+    world.inbox.append((2, Stage(0, (), 0.0)))
+    world.settle()
+    world.pass_time(2.0)
+    world.settle()
+    check_all(world, 60)
+    assert world.brain.state.membership.ranks == (0, 1, 2, 3)
+
+
+def test_a_joiner_that_cannot_read_its_share_is_given_up():
+    world = restarting_world(restart_limit=1)
+    world.kill(2)
+    world.settle()
+    world.pass_time(0.6)
+    world.wedged.add(2)
+    world.settle()
+    change = world.brain.state.change
+    assert change.joiners == (2,)
+    world.say(2, StageFailed(change.number, "disk"))
+    assert world.brain.state.seats[2].failure == "fatal: disk"
+    left_out = [c for c in world.commands if isinstance(c, ev.Publish) and c.kind == "rank_left_out"]
+    assert left_out[0].data["reason"].startswith("1 processes in a row failed")
+
+
+def test_a_crash_loop_backs_off_and_ends():
+    world = restarting_world(restart_limit=3)
+    world.unstartable.add(1)
+    world.kill(1)
+    starts = []
+    for _ in range(400):
+        world.pass_time(0.1)
+        seat = world.brain.state.seats[1]
+        if seat.state.value == "starting":
+            starts.append(world.now)
+            world.feed(ev.RankFailed(1, seat.incarnation, ev.FailureCause.EXITED))
+    assert len(starts) == 3
+    assert starts[2] - starts[1] > starts[1] - starts[0]
+    assert any(isinstance(c, ev.Publish) and c.kind == "rank_left_out" for c in world.commands)
+
+
+def test_a_recovery_is_followed_by_a_restore_of_redundancy():
+    """8 experts on 4 x 5 slots: two replicas of each; after a death there is room for it still."""
+    world = World(slots_per_rank=6).boot()
+    assert world.brain.state.plan.survives["any_ranks"] >= 1
+    serve_all(world, 60)
+    world.kill(3)
+    world.settle()
+    check_all(world, 60)
+    assert world.brain.state.plan.survives["any_ranks"] >= 1
+    assert not world.brain.state.restore_due
+    kinds = [record.kind for record in world.brain.state.recoveries]
+    assert kinds[0] == "exited"
+    assert world.brain.state.recoveries[-1].tier in (Tier.MASK, Tier.COVER, Tier.REBALANCE)
+
+
+def test_all_members_die_and_the_group_boots_again():
+    world = restarting_world(ep_size=2, slots_per_rank=8)
+    serve_all(world, 30)
+    world.settle_until(lambda: len(world.received["r0"]) > 5)
+    world.kill(0)
+    world.kill(1)
+    assert world.brain.state.group.phase is Phase.BOOTING
+    assert not world.finished
+    world.pass_time(1.0)
+    world.settle()
+    world.pass_time(1.0)
+    world.settle()
+    check_all(world, 30)
+    assert world.brain.state.requests.failed == 0
+
+
+def test_a_refusing_group_serves_again_when_a_rank_comes_back():
+    world = restarting_world(stream=False)
+    world.kill(0)
+    world.settle()
+    world.kill(1)
+    world.settle()
+    assert world.brain.state.group.phase is Phase.REFUSING
+    world.pass_time(0.6)
+    world.settle()
+    world.pass_time(0.6)
+    world.settle()
+    assert world.brain.refusal() is None
+    serve_all(world)
+    world.settle()
+    check_all(world)
+
+
+def test_stale_staged_is_ignored():
+    world = restarting_world()
+    world.say(1, Staged(99, 5))
+    assert world.brain.state.change is None
+
+
+def test_random_schedules_with_restarts():
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    for _ in range(150):
+        world = World(ep_size=rng.randint(2, 5), slots_per_rank=rng.randint(2, 8), restart=True, restart_backoff_s=0.1, restart_limit=10**6)
+        world.boot()
+        count = rng.randint(5, 40)
+        serve_all(world, count)
+        kills = rng.randint(1, 12)
+        for _ in range(1000):
+            if len(world.finished) == len(PROMPTS):
+                break
+            for _ in range(rng.randint(1, 30)):
+                world.answer()
+            if kills and rng.random() < 0.3:
+                kills -= 1
+                alive = [s for s in world.brain.state.seats if s.is_alive]
+                if alive:
+                    world.kill(rng.choice(alive).rank, rng.choice(list(ev.FailureCause)))
+            world.pass_time(rng.choice([0.0, 0.05, 0.3]))
+        check_all(world, count)
+        assert world.brain.state.requests.failed == 0
+        for _ in range(20):
+            world.settle()
+            world.pass_time(0.5)
+        state = world.brain.state
+        assert state.membership.ranks == tuple(range(state.membership.ep_size))
+        assert (state.contents.experts == state.plan.placement.physical_to_logical_map).all()
+
+
+def test_expected_is_not_trivial():
+    assert expected([1], 3) != expected([2], 3)
