@@ -65,18 +65,18 @@ def stubs(address: str, token: str, ranks: range) -> None:
 class StubController(Controller):
     """The controller, with stub ranks in place of processes it launched."""
 
-    def _start_ranks(self, control: str) -> None:
+    def _start_ranks(self) -> None:
         self._launcher = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
         processes = min(4, self.config.ep_size)
         cuts = [self.config.ep_size * i // processes for i in range(processes + 1)]
         spawn = multiprocessing.get_context("spawn")
-        self.stubs = [spawn.Process(target=stubs, args=(control, self._token, range(a, b))) for a, b in pairwise(cuts)]
+        self.stubs = [spawn.Process(target=stubs, args=(self._control, self._token, range(a, b))) for a, b in pairwise(cuts)]
         for process in self.stubs:
             process.start()
 
 
 async def measure(ep_size: int, detect: bool) -> dict[str, float]:
-    config = ServeConfig("stub", ep_size, kv_tokens=1 << 20, detect=detect)
+    config = ServeConfig("stub", ep_size, kv_tokens=1 << 20, detect=detect, restart="never")
     async with StubController(config, spec(max(8, ep_size))) as controller:
         await controller.wait_serving()
 

@@ -50,7 +50,7 @@ class RemoteController(StubProcessController):
 async def faults(controller_class: type[StubProcessController], number: signal.Signals, count: int, seed: int) -> list[float]:
     """Milliseconds from signal to detection, one per fault."""
     rng = random.Random(seed)
-    config = ServeConfig("stub", RANKS, num_redundant_experts=RANKS)
+    config = ServeConfig("stub", RANKS, num_redundant_experts=RANKS, restart="never")
     async with controller_class(config, spec(2 * RANKS)) as controller:
         await controller.wait_serving()
         found: dict[int, float] = {}
@@ -96,7 +96,7 @@ async def overload(minutes: float) -> dict[str, Any]:
     for process in busy:
         process.start()
     try:
-        async with StubProcessController(ServeConfig("stub", 8, num_redundant_experts=8), spec(16)) as controller:
+        async with StubProcessController(ServeConfig("stub", 8, num_redundant_experts=8, restart="never"), spec(16)) as controller:
             await controller.wait_serving()
             streams = [asyncio.create_task(consume(controller, i)) for i in range(8)]
             await asyncio.sleep(minutes * 60)

@@ -45,7 +45,7 @@ class Engine:
         self.engine.load_dense()
         for layer in range(spec.num_layers):
             for expert in range(spec.num_experts):
-                self.engine.load_expert(SlotLoad(layer, expert, expert))
+                self.engine.slots.load(SlotLoad(layer, expert, expert))
         placement = ExpertPlacement(np.tile(np.arange(spec.num_experts), (spec.num_layers, 1)), spec.num_experts)
         self.routing = RoutingTable.build(0, placement, Topology((spec.num_experts,)))
         self.dispatcher = LocalDispatcher()

@@ -70,12 +70,14 @@ def main() -> None:
     p50, p95 = np.percentile(stalls, [50, 95])
     aim = 2 * steady + ALLOWANCE_MS
     recorded = {key: float(np.median([row["recovery"][key] for row in rows])) for key in rows[0]["recovery"] if key.endswith("_ms")}
-    result = {"kills": len(rows), "steady_ms": steady, "p50_ms": p50, "p95_ms": p95, "max_ms": max(stalls), "aim_ms": aim, "recorded": recorded}
+    result = {"kills": len(rows), "steady_ms": steady, "p50_ms": p50, "p95_ms": p95, "max_ms": max(stalls), "aim_ms": aim}
+    result["recorded"] = recorded
     if args.json:
         print(json.dumps(result))
         return
     print(f"{len(rows)} kills under {NUM_STREAMS} streams: steady step {steady:.0f} ms")
-    print(f"kill to next token: p50 {p50:.0f} ms, p95 {p95:.0f} ms, max {max(stalls):.0f} ms; aim (two steps + {ALLOWANCE_MS:.0f} ms) {aim:.0f} ms")
+    print(f"kill to next token: p50 {p50:.0f} ms, p95 {p95:.0f} ms, max {max(stalls):.0f} ms")
+    print(f"aim for p95 (two steps + {ALLOWANCE_MS:.0f} ms): {aim:.0f} ms")
     print("recorded phases, medians: " + ", ".join(f"{key.removesuffix('_ms')} {value:.1f}" for key, value in recorded.items()))
 
 

@@ -73,9 +73,10 @@ class StubProcessController(Controller):
     step_s = 0.002
     heartbeat_s = 0.1
 
-    def _start_ranks(self, control: str) -> None:
+    def _start_ranks(self) -> None:
         self._launcher = Launcher("stub_ranks:preload", "", self._on_process_event, self._on_launcher_lost)
         self._launcher.start(self._loop)
         for rank in range(self.config.ep_size):
-            config = {"rank": rank, "controller": control, "token": self._token, "step_s": self.step_s, "heartbeat_s": self.heartbeat_s}
+            config = {"rank": rank, "controller": self._control, "token": self._token}
+            config |= {"step_s": self.step_s, "heartbeat_s": self.heartbeat_s}
             self._launcher.spawn(rank, 0, "stub_ranks:stub_rank", config)

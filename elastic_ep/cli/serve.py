@@ -40,6 +40,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="stream",
         help="when the living slots cannot hold all experts: read the rest in as needed (slow, correct), or answer 503",
     )
+    restart_help = "start a new process for a dead rank; it rejoins while the others serve"
+    parser.add_argument("--restart", choices=["always", "never"], default="always", help=restart_help)
+    rate_help = "what background loading may read on each rank; 0: no limit"
+    parser.add_argument("--rebalance-bytes-per-second", type=float, default=0.0, metavar="BYTES", help=rate_help)
     parser.add_argument("--step-timeout", type=float, default=10.0, metavar="SECONDS", help="a step this long has a hung rank in it")
     parser.add_argument("--heartbeat-timeout", type=float, default=0.9, metavar="SECONDS", help="silence after which a rank is looked at")
     parser.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="time for running requests at SIGTERM")
@@ -68,6 +72,8 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         max_model_len=args.max_model_len,
         served_model_name=args.served_model_name,
         when_short=args.when_short,
+        restart=args.restart,
+        rebalance_bytes_per_s=args.rebalance_bytes_per_second,
         step_timeout_s=args.step_timeout,
         heartbeat_timeout_s=args.heartbeat_timeout,
         log_level=args.log_level,

@@ -22,7 +22,7 @@ from elastic_ep.models.sampling import sample
 from elastic_ep.models.slots import ExpertSlots
 from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
 from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
-from elastic_ep.runtime.engine import SlotLoad, StepOutput
+from elastic_ep.runtime.engine import StepOutput
 from elastic_ep.runtime.weights.base import Piece, SlotLayout
 from elastic_ep.runtime.weights.checkpoint import CheckpointSource, TensorReader
 
@@ -106,10 +106,6 @@ class ElasticEngine:
             decoder_layer.self_attn.elastic_attention = self._attention
         if not self.fast_math:
             check_matmul(router_weights(self._model, spec))
-
-    def load_expert(self, load: SlotLoad) -> tuple[int, int]:
-        """Read one expert's bytes into a slot and verify them. Returns (digest, bytes read). Raises CheckpointError."""
-        return self.slots.load(load)
 
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int

@@ -44,11 +44,12 @@ class ExpertSlots:
         self._source = source
         self._is_transposed = is_transposed
         self._num_spare = num_spare
-        self._memory = [zeroed(num_slots * layout.num_bytes).view(num_slots, layout.num_bytes) for _ in range(num_layers)]
+        self._memory: list[list[torch.Tensor]] = [list(zeroed(num_slots * layout.num_bytes).view(num_slots, layout.num_bytes)) for _ in range(num_layers)]
         self._weights = [[self._as_weights(memory[slot]) for slot in range(num_slots)] for memory in self._memory]
         self._held: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self._resident: list[dict[int, ExpertWeights]] = [{} for _ in range(num_layers)]
         self._digests: dict[tuple[int, int], int] = {}
+        self._staged: dict[tuple[int, int], tuple[int, torch.Tensor, int]] = {}
         self._spare: OrderedDict[tuple[int, int], tuple[torch.Tensor, ExpertWeights]] = OrderedDict()
 
     def find(self, layer: int, expert: int) -> ExpertWeights | None:
@@ -57,11 +58,8 @@ class ExpertSlots:
 
     def load(self, load: SlotLoad) -> tuple[int, int]:
         """Fill a slot. Returns (digest, bytes read). The slot holds nothing until its bytes are verified. Raises CheckpointError."""
+        self._check(load)
         layer, slot, expert = load
-        if not (0 <= layer < len(self._memory) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
-            raise InvalidInputError(
-                f"{load} is outside {len(self._memory)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
-            )
         self._held[layer].pop(slot, None)
         self._index(layer)
         memory = self._memory[layer][slot]
@@ -70,6 +68,32 @@ class ExpertSlots:
         self._held[layer][slot] = expert
         self._index(layer)
         return digest, num_bytes
+
+    def stage(self, load: SlotLoad) -> int:
+        """Read and verify one expert beside the live slots, for `adopt`. Returns the bytes read. Raises CheckpointError."""
+        self._check(load)
+        memory = zeroed(self._layout.num_bytes)
+        num_bytes = self._source.read(load.layer, load.expert, memory)
+        digest = self._verify(load.layer, load.expert, memory)
+        self._staged[load.layer, load.local_slot] = (load.expert, memory, digest)
+        return num_bytes
+
+    def adopt(self, load: SlotLoad) -> int | None:
+        """Put what was staged for the slot into it, without copying. Returns its digest, None if this expert was not staged for it."""
+        layer, slot, expert = load
+        staged = self._staged.get((layer, slot))
+        if staged is None or staged[0] != expert:
+            return None
+        _, memory, digest = self._staged.pop((layer, slot))
+        self._memory[layer][slot] = memory
+        self._weights[layer][slot] = self._as_weights(memory)
+        self._held[layer][slot] = expert
+        self._index(layer)
+        return digest
+
+    def drop_staged(self) -> None:
+        """Free whatever is staged."""
+        self._staged.clear()
 
     def stream(self, layer: int, expert: int) -> ExpertWeights:
         """The weights of an expert that has no slot, read into a spare buffer; the least recently used one gives way."""
@@ -93,6 +117,13 @@ class ExpertSlots:
 
     def close(self) -> None:
         self._source.close()
+
+    def _check(self, load: SlotLoad) -> None:
+        layer, slot, expert = load
+        if not (0 <= layer < len(self._memory) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
+            raise InvalidInputError(
+                f"{load} is outside {len(self._memory)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
+            )
 
     def _verify(self, layer: int, expert: int, memory: torch.Tensor) -> int:
         digest = digest_of(memory)

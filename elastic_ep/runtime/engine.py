@@ -32,15 +32,36 @@ class StepOutput:
     expert_counts: list[list[int]] | None = None
 
 
+class Slots(Protocol):
+    """The expert slots of one rank. `stage` may run in another thread than everything else."""
+
+    def load(self, load: SlotLoad) -> tuple[int, int]:
+        """Read one expert's bytes into a slot and verify them. Returns (digest, bytes read). Raises CheckpointError."""
+        ...
+
+    def stage(self, load: SlotLoad) -> int:
+        """Read and verify one expert beside the live slots, in place of what was staged for that slot. Returns the bytes read."""
+        ...
+
+    def adopt(self, load: SlotLoad) -> int | None:
+        """Put what was staged for the slot into it, without copying. Returns its digest, None if this expert was not staged for it."""
+        ...
+
+    def drop_staged(self) -> None:
+        """Free whatever is staged."""
+        ...
+
+
 class Engine(Protocol):
     """A model as one rank runs it."""
 
-    def load_dense(self) -> None:
-        """Read all weights except routed experts. Raises CheckpointError."""
+    @property
+    def slots(self) -> Slots:
+        """Of the routed experts; there once `load_dense` has returned."""
         ...
 
-    def load_expert(self, load: SlotLoad) -> tuple[int, int]:
-        """Read one expert's bytes into a slot and verify them. Returns (digest, bytes read). Raises CheckpointError."""
+    def load_dense(self) -> None:
+        """Read all weights except routed experts. Raises CheckpointError."""
         ...
 
     def run_step(

@@ -25,10 +25,12 @@ from elastic_ep.brain.messages import (
     Installed,
     InstallFailed,
     LoadedSlot,
+    LoadOrder,
     RankFatal,
     RankMessage,
     RunStep,
     Shutdown,
+    Stage,
     StepDone,
     StepFailed,
 )
@@ -42,6 +44,7 @@ from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
 from elastic_ep.runtime.engine import Engine, SlotLoad
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.rank_config import RankConfig
+from elastic_ep.runtime.stager import Stager
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +86,13 @@ class Rank:
         self.routing: RoutingTable | None = None
         self.held: dict[tuple[int, int], tuple[int, int]] = {}
         """(layer, physical slot) -> (expert, digest): what this rank's slots do hold."""
+        self.stager: Stager
 
     def serve(self) -> int:
         """Load, then obey until told to stop. Returns the exit status."""
         started = time.monotonic()
         self.engine.load_dense()
+        self.stager = Stager(self.engine.slots, self.config.first_slot, self.channel.send)
         self.faults.reach("dense_loaded")
         self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
         while True:
@@ -99,6 +104,8 @@ class Rank:
                     return 0
                 case Install():
                     self.channel.send(self._install(message))
+                case Stage():
+                    self.stager.order(message)
                 case RunStep():
                     answer = self._run_step(message)
                     if answer is not None:
@@ -109,6 +116,7 @@ class Rank:
         started = time.monotonic()
         self.faults.reach("install_begin", epoch=order.epoch)
         self.epoch = order.epoch
+        self.stager.cancel()
         topology = Topology(order.slots_per_rank)
         loaded: list[LoadedSlot] = []
         num_bytes = 0
@@ -116,18 +124,13 @@ class Rank:
         if isinstance(linked, PeerFailed):
             return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
         try:
-            first = int(topology.first_slot[self.config.rank])
             for load in order.loads:
                 if isinstance(linked, Interrupted) or self.channel.is_readable():
                     return InstallFailed(order.epoch, tuple(loaded), {}, "")
                 self.faults.reach("load_expert", epoch=order.epoch)
-                held = self.held.pop((load.layer, load.slot), None)
-                if held is None or held[0] != load.expert:
-                    digest, read = self.engine.load_expert(SlotLoad(load.layer, load.slot - first, load.expert))
-                    held = (load.expert, digest)
-                    num_bytes += read
-                self.held[load.layer, load.slot] = held
-                loaded.append(LoadedSlot(load.layer, load.slot, *held))
+                slot, read = self._fill(load)
+                loaded.append(slot)
+                num_bytes += read
         except CheckpointError as error:
             return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
         shape = (order.num_layers, topology.num_slots)
@@ -137,6 +140,18 @@ class Rank:
         self.routing = RoutingTable.build(order.epoch, placement, topology, quotas, streamed)
         self.faults.reach("install_end", epoch=order.epoch)
         return Installed(order.epoch, tuple(loaded), num_bytes, (time.monotonic() - started) * 1e3)
+
+    def _fill(self, load: LoadOrder) -> tuple[LoadedSlot, int]:
+        """Have a slot hold an expert: it does already, it was staged, or it is read now. Returns it and the bytes read."""
+        key, local = (load.layer, load.slot), SlotLoad(load.layer, load.slot - self.config.first_slot, load.expert)
+        held, read = self.held.pop(key, None), 0
+        if held is None or held[0] != load.expert:
+            digest = self.engine.slots.adopt(local)
+            if digest is None:
+                digest, read = self.engine.slots.load(local)
+            held = (load.expert, digest)
+        self.held[key] = held
+        return LoadedSlot(load.layer, load.slot, *held), read
 
     def _run_step(self, order: RunStep) -> StepDone | StepFailed | None:
         if order.epoch != self.epoch or self.routing is None or self.routing.epoch != order.epoch:

@@ -12,6 +12,7 @@ class RankConfig:
     Attributes:
         controller: address of the controller's control listener.
         listen: address where peers dial this process; unique to the incarnation.
+        first_slot: physical id of its first slot.
         exchange_timeout_s: how long dispatch and combine wait for a peer.
     """
 
@@ -20,6 +21,7 @@ class RankConfig:
     controller: str
     listen: str
     token: str
+    first_slot: int
     exchange_timeout_s: float
     heartbeat_interval_s: float = 0.1
     connect_timeout_s: float = 10.0

@@ -33,6 +33,8 @@ class ServeConfig:
         num_redundant_experts: physical slots per layer beyond one per expert; rounded up so that slots divide over the ranks.
         kv_tokens: positions of KV each rank can hold.
         when_short: with fewer live slots than experts, "stream" the rest through a spare buffer, or "refuse" with 503.
+        restart: "always" gives a dead rank's seat a new process, which rejoins while the others serve; "never" leaves it empty.
+        rebalance_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
     """
@@ -52,6 +54,8 @@ class ServeConfig:
     when_short: str = "stream"
     step_timeout_s: float = 10.0
     heartbeat_timeout_s: float = 0.9
+    restart: str = "always"
+    rebalance_bytes_per_s: float = 0.0
     detect: bool = True
     log_level: str = "WARNING"
     faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
@@ -117,5 +121,7 @@ class ServeConfig:
             install_timeout_s=self.step_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s if self.detect else float("inf"),
             step_timeout_s=self.step_timeout_s,
+            restart=self.restart == "always",
+            stage_bytes_per_s=self.rebalance_bytes_per_s,
             max_waiting=self.max_waiting,
         )

@@ -35,6 +35,7 @@ from elastic_ep.serving.stream import RequestStream
 log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
+EXIT_GRACE_S = 0.005
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
 
@@ -78,26 +79,36 @@ class Controller:
         self.serving = asyncio.Event()
         self._run_dir = Path(tempfile.mkdtemp(prefix="elastic-ep-"))
         control = self._run_dir / "control.sock"
+        self._control = f"unix:{control}"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
         self.brain = Brain(self.settings, time.monotonic())
-        self._start_ranks(f"unix:{control}")
+        self._start_ranks()
         self._set_timer()
 
-    def _start_ranks(self, control: str) -> None:
+    def _start_ranks(self) -> None:
+        self._start_launcher()
+        for rank in range(self.config.ep_size):
+            self._start_rank(rank, 0)
+
+    def _start_launcher(self) -> None:
         preload = "elastic_ep.models.worker:preload"
         self._launcher = Launcher(preload, str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost)
         self._launcher.start(self._loop)
-        for rank in range(self.config.ep_size):
-            self._launcher.spawn(rank, 0, "elastic_ep.models.worker:rank_main", self._rank_program(rank, 0, control))
 
-    def _rank_program(self, rank: int, incarnation: int, control: str) -> dict[str, Any]:
+    def _start_rank(self, rank: int, incarnation: int) -> None:
+        if not self._launcher.is_running:
+            self._start_launcher()
+        self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
+
+    def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
         listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
         config = RankConfig(
             rank,
             incarnation,
-            control,
+            self._control,
             listen,
             self._token,
+            int(self.settings.topology.first_slot[rank]),
             exchange_timeout_s=self.settings.step_timeout_s / 2,
             heartbeat_interval_s=HEARTBEAT_INTERVAL_S if self.config.detect else NO_HEARTBEAT_S,
         )
@@ -109,7 +120,8 @@ class Controller:
             "kv_tokens": self.config.kv_tokens,
             "fast_math": self.config.fast_math,
         }
-        return {"rank": asdict(config), "engine": engine, "log_level": self.config.log_level, "faults": self.config.faults.get(rank, [])}
+        faults = self.config.faults.get(rank, []) if incarnation == 0 else []
+        return {"rank": asdict(config), "engine": engine, "log_level": self.config.log_level, "faults": faults}
 
     async def wait_serving(self) -> None:
         """Until the first epoch is installed. Raises Unavailable with the reason if it never will be."""
@@ -192,6 +204,8 @@ class Controller:
                     self.serving.set()
             case ev.Fence():
                 self._fence(command.rank, command.incarnation)
+            case ev.StartRank():
+                self._start_rank(command.rank, command.incarnation)
             case ev.MakePlan():
                 self._make_plan(command)
             case ev.Probe():
@@ -250,16 +264,22 @@ class Controller:
             process.watch()
         elif event.kind == "stopped":
             self._fail(*key, FailureCause.STOPPED, event.status)
+        elif event.kind == "exited":
+            self._fail(*key, FailureCause.EXITED, event.status)
 
     def _on_exit(self, rank: int, incarnation: int) -> None:
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
-        self._fail(rank, incarnation, FailureCause.EXITED, self._processes[rank, incarnation].state().exit)
+        how = self._processes[rank, incarnation].state().exit
+        if how:
+            self._fail(rank, incarnation, FailureCause.EXITED, how)
+        else:  # reaped already: the launcher's word, which says how it ended, is on its way
+            self._loop.call_later(EXIT_GRACE_S, self._fail, rank, incarnation, FailureCause.EXITED, "")
 
     def _on_launcher_lost(self) -> None:
         if not self.stopped.is_set():
-            log.error("the launcher process ended; running ranks go on, stops are now noticed by heartbeat alone")
+            log.error("the launcher process ended; ranks go on, their stops are noticed by silence; the next restart starts another")
 
     def _fence(self, rank: int, incarnation: int) -> None:
         """Cut its channel and kill it. A process with SIGKILL pending runs no more of its program, and what it sent before carries its

@@ -23,9 +23,10 @@ def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int]) -> dic
             "host": seat.host,
             "device": "cpu",
             "state": seat.state.value,
+            "incarnation": seat.incarnation,
             "slots": slots[seat.rank],
             "running_requests": running[seat.rank],
-            "failure": seat.failure,
+            "failure": "" if seat.is_alive else seat.failure,
         }
         for seat in brain.seats
     ]

@@ -128,7 +128,7 @@ def test_http_refusals_and_facts(checkpoint):
 
 
 def test_refuse_when_short(checkpoint):
-    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2", "--when-short", "refuse") as server:
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2", "--when-short", "refuse", "--restart", "never") as server:
         server.signal_rank(1)
         server.wait_status(lambda status: status["phase"] == "refusing")
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -143,11 +143,25 @@ def test_refuse_when_short(checkpoint):
 
 
 def test_the_last_rank_ends_the_server_with_its_reason(checkpoint):
-    with ServerProcess(checkpoint("qwen3_moe")) as server:
+    with ServerProcess(checkpoint("qwen3_moe"), "--restart", "never") as server:
         server.signal_rank(0)
         server.process.wait(10)
         assert server.stop() == 1
         assert "no rank is left alive; the last, rank 0, failed: exited: signal SIGKILL" in server.stderr
+
+
+def test_all_ranks_die_and_the_server_lives(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
+        body = {"model": server.facts["model"], "prompt": [1, 2], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(post(f"{server.url}/v1/completions", body | {"return_token_ids": True})))
+        thread.start()
+        server.wait_status(lambda status: status["tokens_committed"] > 20)
+        for pid in [rank["pid"] for rank in server.status()["ranks"]]:
+            os.kill(pid, signal.SIGKILL)
+        thread.join(30)
+        ids = answers[0]["choices"][0]["token_ids"]
+        assert ids == post(f"{server.url}/v1/completions", body | {"return_token_ids": True})["choices"][0]["token_ids"]
 
 
 def test_ranks_end_when_the_controller_is_killed(checkpoint):
@@ -159,7 +173,7 @@ def test_ranks_end_when_the_controller_is_killed(checkpoint):
 
 def test_ranks_that_cannot_start_end_the_server(checkpoint):
     faults = [word for rank in range(2) for word in ("--fault", f"{rank}:dense_loaded:kill:1")]
-    result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0", "--ep-size", "2", *faults)
+    result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0", "--ep-size", "2", "--restart", "never", *faults)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("elastic-ep serve: error: no rank is left alive")
 

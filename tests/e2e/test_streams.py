@@ -14,6 +14,8 @@ from elastic_ep.testing.server import ServerProcess
 from tests.checkpoints import FAMILIES
 from tests.e2e.conftest import COUNT, prompts, reference
 
+NO_RESTART = ("--restart", "never")
+
 
 async def stream(client: AsyncOpenAI, model: str, prompt: list[int], **parameters: Any) -> list[int]:
     """All token ids of one streamed completion; the client raises for any error."""
@@ -60,7 +62,7 @@ def test_random_kills_change_no_token(checkpoint, family):
     asked = prompts(32)
     victims = [0, *rng.sample([1, 2, 3], 2)]
     rng.shuffle(victims)
-    with ServerProcess(checkpoint(family), "--ep-size", "4", "--num-redundant-experts", "2", "--prefill-chunk", "16") as server:
+    with ServerProcess(checkpoint(family), "--ep-size", "4", "--num-redundant-experts", "2", *NO_RESTART, "--prefill-chunk", "16") as server:
         undisturbed = asyncio.run(run_streams(server, asked))
         disturb = kill_at_random(server, victims, rng, len(asked) * COUNT)
         disturbed = asyncio.run(run_streams(server, asked, disturb))
@@ -75,7 +77,7 @@ def test_random_kills_change_no_token(checkpoint, family):
 def test_sampled_streams_are_the_same_too(checkpoint):
     asked = prompts(12)
     parameters = {"temperature": 1.1, "top_p": 0.9, "seed": 99}
-    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "3") as server:
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "3", *NO_RESTART) as server:
         undisturbed = asyncio.run(run_streams(server, asked, **parameters))
         disturb = kill_at_random(server, [1], random.Random(3), len(asked) * COUNT)
         assert asyncio.run(run_streams(server, asked, disturb, **parameters)) == undisturbed
@@ -88,11 +90,30 @@ def test_a_stopped_rank_is_killed_and_replaced(checkpoint):
         server.signal_rank(2, signal.SIGSTOP)
 
     asked = prompts(8)
-    with ServerProcess(checkpoint("mixtral"), "--ep-size", "3") as server:
+    with ServerProcess(checkpoint("mixtral"), "--ep-size", "3", *NO_RESTART) as server:
         disturbed = asyncio.run(run_streams(server, asked, stop(server)))
         (recovery,) = server.status()["recoveries"]
         assert (recovery["ranks"], recovery["kind"]) == ([2], "stopped")
     assert disturbed == reference(checkpoint("mixtral"), 8)
+
+
+def test_killed_ranks_come_back(checkpoint):
+    """Each rank in turn is killed once the one before has rejoined; the streams of all that time are the same."""
+    asked = prompts(32)
+    with ServerProcess(checkpoint("gpt_oss"), "--ep-size", "3", "--num-redundant-experts", "6") as server:
+        for rank in (0, 2, 1):
+            start = server.status()["tokens_committed"]
+
+            async def kill(rank: int = rank, start: int = start) -> None:
+                await committed(server, start + 200)
+                server.signal_rank(rank)
+
+            assert asyncio.run(run_streams(server, asked, kill()))[:8] == reference(checkpoint("gpt_oss"), 8)
+            server.wait_status(lambda status: sum(status["active_ranks"]) == 3 and status["survives"]["any_ranks"] == 1)
+        status = server.status()
+    assert [rank["incarnation"] for rank in status["ranks"]] == [1, 1, 1]
+    assert status["requests"]["failed"] == 0
+    assert [recovery["kind"] for recovery in status["recoveries"] if recovery["tier"] == 2].count("rejoin") == 3
 
 
 FAULTS = {
@@ -118,7 +139,7 @@ def test_faults_at_named_points(checkpoint, name):
     faults, dead = FAULTS[name]
     arguments = [word for fault in faults for word in ("--fault", fault)]
     asked = prompts(8)
-    redundancy = ["--num-redundant-experts", "4", "--step-timeout", "1.5"]
+    redundancy = ["--num-redundant-experts", "4", "--step-timeout", "1.5", *NO_RESTART]
     with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "4", *redundancy, *arguments) as server:
         received = asyncio.run(run_streams(server, asked))
         status = server.status()
@@ -132,7 +153,7 @@ def test_killed_while_a_recovery_loads(checkpoint):
     """Whichever rank reads an expert in the recovery dies doing so (its seventh: the first six fill its slots at start)."""
     faults = [word for rank in range(3) for word in ("--fault", f"{rank}:load_expert:kill:7")]
     asked = prompts(8)
-    arguments = ("--ep-size", "4", "--num-redundant-experts", "4", "--fault", "3:step_begin:kill:15", *faults)
+    arguments = ("--ep-size", "4", *NO_RESTART, "--num-redundant-experts", "4", "--fault", "3:step_begin:kill:15", *faults)
     with ServerProcess(checkpoint("qwen3_moe"), *arguments) as server:
         received = asyncio.run(run_streams(server, asked))
         status = server.status()

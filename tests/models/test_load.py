@@ -178,10 +178,10 @@ def test_digests(folder: Path) -> None:
         file.write(bytes([byte ^ 16]))
     assert World(folder, [[0], [1]]).digests[1, 0] != digests[1, 0]
     with pytest.raises(CheckpointError, match="expert 1 of MoE layer 1"):
-        world.engine.load_expert(SlotLoad(1, 0, 1))
+        world.engine.slots.load(SlotLoad(1, 0, 1))
     assert world.engine.slots.find(1, 1) is world.engine.slots._weights[1][1], "the slot that was not touched still serves"
     with pytest.raises(CheckpointError):
-        world.engine.load_expert(SlotLoad(1, 1, 1))
+        world.engine.slots.load(SlotLoad(1, 1, 1))
     assert world.engine.slots.find(1, 1) is None
 
 
@@ -190,7 +190,7 @@ def test_file_that_shrinks_while_served(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(expert_offset(folder, 2, 3) + 10)
     with pytest.raises(CheckpointError, match=r"ends inside .*experts\.3"):
-        world.engine.load_expert(SlotLoad(1, 0, 3))
+        world.engine.slots.load(SlotLoad(1, 0, 3))
     assert world.engine.slots.find(1, 0) is None
 
 
@@ -198,7 +198,7 @@ def test_slot_outside(checkpoint: Callable[..., Path]) -> None:
     world = World(checkpoint("mixtral"), [[0], [0], [0]])
     for load in (SlotLoad(3, 0, 0), SlotLoad(0, 1, 0), SlotLoad(0, 0, 6), SlotLoad(0, 0, -1)):
         with pytest.raises(InvalidInputError, match="outside 3 MoE layers, 1 local slots, 6 experts"):
-            world.engine.load_expert(load)
+            world.engine.slots.load(load)
 
 
 _MEMORY_PROGRAM = """
@@ -218,7 +218,7 @@ for folder in folders:
         engine.load_dense()
         for layer in range(engine.spec.num_layers):
             for slot in range(8):
-                engine.load_expert(SlotLoad(layer, slot, slot))
+                engine.slots.load(SlotLoad(layer, slot, slot))
         print(kib("VmHWM") - before, flush=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
