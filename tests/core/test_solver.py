@@ -68,6 +68,13 @@ def check_plan(plan: PlacementPlan, load, topology, active, previous=None, limit
     check_moves(plan, previous, live)
 
 
+def can_spread(load, topology, active, need, level):
+    """Whether every expert can have ``need`` distinct domains (Gale and Ryser)."""
+    domain = topology.domain_ids(level)
+    room = np.bincount(domain, np.where(active, topology.slots_per_rank, 0))
+    return np.minimum(room, load.shape[1]).sum() >= need * load.shape[1]
+
+
 def check_moves(plan, previous, live):
     """Moves turn what slots held into the placement; the mandatory prefix alone covers every resident expert."""
     rows = plan.placement.physical_to_logical_map
@@ -99,6 +106,9 @@ def test_first_placement(case):
     plan = solve_placement(load, topology, active, min_replicas=need, spread=spread)
     check_plan(plan, load, topology, active)
     assert plan.balance <= plan.bound + 1e-9 or plan.streamed
+    assert plan.balance_with_quotas >= plan.balance - 1e-3
+    if can_spread(load, topology, active, need, spread):
+        assert plan.shortfall == 0
 
 
 @FEW
@@ -114,6 +124,8 @@ def test_repair_from_anything(case, data):
     check_plan(plan, load, topology, active, previous, limit)
     if limit is not None and not plan.streamed:
         assert len(plan.moves) <= max(limit, plan.num_mandatory)
+    if limit is None and can_spread(load, topology, active, need, spread):
+        assert plan.shortfall == 0
 
 
 @FEW

@@ -60,7 +60,7 @@ class Solution:
         rows: int64 [L, P], what slots are to hold.
         reference: int64 [L, P], what they hold once lost experts are covered and nothing else was done.
         covers: bool [L, P], slots of the reference that cover a lost expert.
-        peak, bound: float64 [L], highest rank load with an even split, and the least that any placement can have (in units of `scale`).
+        peak, bound: float64 [L], highest rank load with an even split, and the least that any placement can have.
         moves: int64 [L, 3], moves for distinct domains, empty slots, balance.
         fresh: bool [L], whether a row from nothing replaced the repaired one.
         trace_moves, trace_peak: [L, T], balance moves so far and peak after each step; steps: int64 [L], how many.

@@ -179,6 +179,8 @@ def _order_moves(asked: Asked, found: Found) -> _Moves:
         table = np.concatenate([covers, np.argwhere((rows != EMPTY) & ~first)])
         return _Moves(np.column_stack([table, rows[table[:, 0], table[:, 1]]]), len(covers), 0)
     reference = np.where(found.covers, rows, asked.held) if found.reference is None else found.reference
+    # A second replica on a rank counts for nothing in the reference, but its bytes are there.
+    reference = np.where(reference == EMPTY, asked.held, reference)
     covers = np.argwhere(found.covers)
     changed = np.argwhere((rows != EMPTY) & (rows != reference))
     num_redundancy = 0

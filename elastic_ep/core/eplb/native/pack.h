@@ -84,9 +84,9 @@ static void heap_down(const Layer *s, i32 *heap, i64 n, i64 i) {
 
 /* Replicas of each expert into `counts`, the load of one into `key`: first `need` of each as far as slots reach, heaviest first, then
  * one at a time to the expert whose replicas carry most. */
-static void replica_counts(Layer *s) {
+static void replica_counts(Layer *s, i64 need) {
     i64 E = s->num_experts, spare = s->live_slots - E, most = s->num_live, n = 0;
-    i64 levels = s->need < most ? s->need : most;
+    i64 levels = need < most ? need : most;
     i32 *heap = s->order;
     for (i64 e = 0; e < E; e++) s->counts[e] = 1;
     if (levels > 1 && spare > 0) {

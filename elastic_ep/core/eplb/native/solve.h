@@ -10,24 +10,25 @@
 #include "repair.h"
 
 #define REACH 0.8        /* a layer beyond the tolerance is brought within this part of it, so that the next drift finds room */
-#define FRESH_FLOOR 1e-4 /* least gain of a step, as a part of the bound, from nothing */
+#define FRESH_FLOOR 1e-4 /* least gain of a step, as a part of the goal, from nothing */
 #define HELD_FLOOR 1e-3  /* and where slots hold something */
 #define SHAKE_SLOTS 128  /* rows of more slots are not shaken */
 #define SHAKE_WORK 1024  /* slots times shakes */
+#define SPREADS 4
 #define PUSHES 8
 #define PUSH_TRIES 8
 #define CHECK_ROUNDS 16  /* rounds of pouring that tell whether quotas level a row */
 
 typedef struct {
-    double tolerance;       /* rows within this part of the bound are left alone */
-    double fresh_tolerance; /* rows from nothing are refined to this part of the bound */
-    double fresh_gain;      /* a row from nothing replaces a repaired one if its peak is lower by this part of the bound */
-    double quota_tolerance; /* rows that quotas level to within this part of the bound are left alone; negative: do not ask */
+    double tolerance;       /* rows within this part of the goal are left alone */
+    double fresh_tolerance; /* rows from nothing are refined to this part of the goal */
+    double fresh_gain;      /* a row from nothing replaces a repaired one if its peak is lower by this part of the goal */
+    double quota_tolerance; /* rows that quotas level to within this part of the goal are left alone; negative: do not ask */
     i64 spread, fill, refine; /* moves at most; all negative: no limit */
 } Limits;
 
 typedef struct {
-    double peak, bound;
+    double peak, bound, goal; /* bound: no row has a lower peak; goal: none that gives every expert the replicas it needs */
     i64 spread, fill, refine, fresh; /* moves by phase; whether a row from nothing was taken */
 } Outcome;
 
@@ -96,15 +97,15 @@ static void shake(Layer *s, double target, double floor) {
     take_row(s, s->row);
 }
 
-static void solve_fresh(Layer *s, double bound, const Limits *limits) {
-    double target = bound * (1.0 + limits->fresh_tolerance), floor = bound * FRESH_FLOOR;
-    replica_counts(s);
+static void solve_fresh(Layer *s, double goal, const Limits *limits) {
+    double target = goal * (1.0 + limits->fresh_tolerance), floor = goal * FRESH_FLOOR;
+    replica_counts(s, s->need);
     reset(s);
     pack(s);
     if (s->need > 1) {
         spread(s, UNLIMITED);
         if (s->is_feasible && count_short(s)) {
-            replica_counts(s);
+            replica_counts(s, s->need);
             reset(s);
             pack_by_domains(s);
         }
@@ -113,6 +114,8 @@ static void solve_fresh(Layer *s, double bound, const Limits *limits) {
     fill_free(s, UNLIMITED);
     refine(s, target, UNLIMITED, floor, 0, NULL);
     if (s->load[peak_rank(s)] > target) shake(s, target, floor);
+    /* Refining may have opened a way to a domain that was closed. */
+    for (int n = 0; n < SPREADS && s->need > 1 && spread(s, UNLIMITED); n++) refine(s, target, UNLIMITED, floor, 0, NULL);
 }
 
 /* ---- from what slots hold ---- */
@@ -219,9 +222,9 @@ static void align(Layer *s) {
 }
 
 /* Whether quotas bring every rank to `enough` or less. */
-static int can_quotas_level(const Layer *s, Pour *p, double bound, double enough) {
+static int can_quotas_level(const Layer *s, Pour *p, double goal, double enough) {
     pour_evenly(p, s->weight, s->place);
-    pour_all(p, s->weight, CHECK_ROUNDS, bound * 1e-6, enough);
+    pour_all(p, s->weight, CHECK_ROUNDS, goal * 1e-6, enough);
     for (i64 r = 0; r < s->num_ranks; r++)
         if (p->load[r] > enough) return 0;
     return 1;
@@ -233,10 +236,10 @@ static void try_fresh(Layer *s, const Limits *limits, int is_level, Saved *saved
     if (is_level && !missing) return;
     save(s, saved);
     memset(s->covers, 0, (size_t)s->num_slots);
-    solve_fresh(s, out->bound, limits);
+    solve_fresh(s, out->goal, limits);
     double peak = s->load[peak_rank(s)];
     i64 left = count_short(s);
-    int is_better = left < missing || (left == missing && !is_level && peak < out->peak - out->bound * limits->fresh_gain);
+    int is_better = left < missing || (left == missing && !is_level && peak < out->peak - out->goal * limits->fresh_gain);
     if (is_better) align(s);
     restore(s, saved);
     if (!is_better) return;
@@ -246,18 +249,18 @@ static void try_fresh(Layer *s, const Limits *limits, int is_level, Saved *saved
 }
 
 static void solve_held(Layer *s, Pour *p, const Limits *limits, Saved *saved, Trace *trace, Outcome *out) {
-    double bound = out->bound, target = bound * (1.0 + limits->tolerance), inner = bound * (1.0 + limits->tolerance * REACH);
+    double goal = out->goal, target = goal * (1.0 + limits->tolerance), inner = goal * (1.0 + limits->tolerance * REACH);
     int limited = limits->refine >= 0;
     out->spread = spread(s, limited ? limits->spread : UNLIMITED);
     out->fill = fill_free(s, limited ? limits->fill : UNLIMITED);
     out->peak = s->load[peak_rank(s)];
     int is_level = out->peak <= target;
     if (!is_level && limits->quota_tolerance >= 0.0)
-        is_level = can_quotas_level(s, p, bound, bound * (1.0 + limits->quota_tolerance));
+        is_level = can_quotas_level(s, p, goal, goal * (1.0 + limits->quota_tolerance));
     if (!is_level) {
         i64 before = count_changed(s);
-        refine(s, inner, limited ? limits->refine : UNLIMITED, bound * HELD_FLOOR, 1, trace);
-        if (!limited && s->load[peak_rank(s)] > target) push(s, inner, bound * HELD_FLOOR, saved);
+        refine(s, inner, limited ? limits->refine : UNLIMITED, goal * HELD_FLOOR, 1, trace);
+        if (!limited && s->load[peak_rank(s)] > target) push(s, inner, goal * HELD_FLOOR, saved);
         out->refine = count_changed(s) - before;
         out->peak = s->load[peak_rank(s)];
         is_level = out->peak <= target;
@@ -268,8 +271,12 @@ static void solve_held(Layer *s, Pour *p, const Limits *limits, Saved *saved, Tr
 /* Solve one layer. Returns 0, or -1 if a lost expert has nowhere to go, which cannot be with a slot for every expert. */
 static int solve_layer(Layer *s, Pour *p, const i64 *held, const Limits *limits, Saved *saved, Trace *trace, Outcome *out) {
     memset(out, 0, sizeof *out);
-    replica_counts(s);
-    out->bound = even_bound(s);
+    replica_counts(s, 1);
+    out->bound = out->goal = even_bound(s);
+    if (s->need > 1) {
+        replica_counts(s, s->need);
+        out->goal = even_bound(s);
+    }
     memset(s->covers, 0, (size_t)s->num_slots);
     if (held) {
         take_held(s, held);
@@ -277,7 +284,7 @@ static int solve_layer(Layer *s, Pour *p, const i64 *held, const Limits *limits,
         solve_held(s, p, limits, saved, trace, out);
     } else {
         for (i64 t = 0; t < s->num_slots; t++) s->reference[t] = FREE;
-        solve_fresh(s, out->bound, limits);
+        solve_fresh(s, out->goal, limits);
         out->peak = s->load[peak_rank(s)];
     }
     return 0;

@@ -10,13 +10,13 @@ from elastic_ep.core.eplb.reference.layer import Layer, descending
 class Counts:
     """Replicas of each expert (`counts`) and the load of one (`key`)."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, need: int) -> None:
         """First ``need`` of each as far as slots reach, heaviest first, then one at a time to the expert whose replicas carry most (the
         one with fewest among equals)."""
         weight, most = layer.weight, len(layer.live)
         spare = layer.live_slots - layer.num_experts
         self.counts = [1] * layer.num_experts
-        for _ in range(1, min(layer.need, most)):
+        for _ in range(1, min(need, most)):
             for expert in descending(weight)[: max(0, spare)]:
                 self.counts[expert] += 1
                 spare -= 1

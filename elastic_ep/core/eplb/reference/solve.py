@@ -14,10 +14,10 @@ from elastic_ep.core.eplb.reference.repair import cover, fill_free, pair_up, spr
 REACH = 0.8
 """a layer beyond the tolerance is brought within this part of it, so that the next drift finds room"""
 FRESH_FLOOR, HELD_FLOOR = 1e-4, 1e-3
-"""least gain of a step, as a part of the bound: from nothing, and where slots hold something"""
+"""least gain of a step, as a part of the goal: from nothing, and where slots hold something"""
 SHAKE_SLOTS, SHAKE_WORK = 128, 1024
 """rows of more slots are not shaken; slots times shakes"""
-PUSHES, PUSH_TRIES, CHECK_ROUNDS = 8, 8, 16
+SPREADS, PUSHES, PUSH_TRIES, CHECK_ROUNDS = 4, 8, 8, 16
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Limits:
     """How far to go.
 
     Attributes:
-        tolerance: rows within this part of the bound are left alone.
-        fresh_tolerance: rows from nothing are refined to this part of the bound.
-        fresh_gain: a row from nothing replaces a repaired one if its peak is lower by this part of the bound.
-        quota_tolerance: rows that quotas level to within this part of the bound are left alone; negative: do not ask.
+        tolerance: rows within this part of the goal are left alone.
+        fresh_tolerance: rows from nothing are refined to this part of the goal.
+        fresh_gain: a row from nothing replaces a repaired one if its peak is lower by this part of the goal.
+        quota_tolerance: rows that quotas level to within this part of the goal are left alone; negative: do not ask.
         moves: at most for distinct domains, empty slots and balance; None: no limit.
     """
 
@@ -41,13 +41,20 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """What became of a layer: row, reference and covers as in `Layer`; moves by phase; whether a row from nothing was taken."""
+    """What became of a layer.
+
+    Attributes:
+        row, reference, covers: as in `Layer`.
+        bound, goal: no row has a lower peak; none that gives every expert the replicas it needs.
+        spread, fill, refine: moves by phase; fresh: whether a row from nothing was taken.
+    """
 
     row: list[int]
     reference: list[int]
     covers: list[bool]
     peak: float
     bound: float
+    goal: float
     spread: int
     fill: int
     refine: int
@@ -115,9 +122,9 @@ def shake(layer: Layer, target: float, floor: float) -> None:
     layer.take_row(row)
 
 
-def solve_fresh(layer: Layer, bound: float, limits: Limits) -> None:
-    target, floor = bound * (1.0 + limits.fresh_tolerance), bound * FRESH_FLOOR
-    counts = Counts(layer)
+def solve_fresh(layer: Layer, goal: float, limits: Limits) -> None:
+    target, floor = goal * (1.0 + limits.fresh_tolerance), goal * FRESH_FLOOR
+    counts = Counts(layer, layer.need)
     layer.reset()
     pack(layer, counts)
     if layer.need > 1:
@@ -130,6 +137,10 @@ def solve_fresh(layer: Layer, bound: float, limits: Limits) -> None:
     refine(layer, target, UNLIMITED, floor, False)
     if layer.peak() > target:
         shake(layer, target, floor)
+    for _ in range(SPREADS):  # refining may have opened a way to a domain that was closed
+        if layer.need <= 1 or not spread(layer, UNLIMITED):
+            break
+        refine(layer, target, UNLIMITED, floor, False)
 
 
 # ---- from what slots hold
@@ -215,10 +226,10 @@ def align(layer: Layer) -> list[int]:
     return row
 
 
-def can_quotas_level(layer: Layer, bound: float, enough: float) -> bool:
+def can_quotas_level(layer: Layer, goal: float, enough: float) -> bool:
     """Whether quotas bring every rank to ``enough`` or less."""
     water = Pour(layer.weight, layer.place, layer.rank_of_slot, layer.num_ranks)
-    water.pour_all(CHECK_ROUNDS, bound * 1e-6, enough)
+    water.pour_all(CHECK_ROUNDS, goal * 1e-6, enough)
     return max(water.load) <= enough
 
 
@@ -229,9 +240,9 @@ def try_fresh(layer: Layer, limits: Limits, is_level: bool, out: Outcome) -> Non
         return
     saved = Saved(layer)
     layer.covers = [False] * layer.num_slots
-    solve_fresh(layer, out.bound, limits)
+    solve_fresh(layer, out.goal, limits)
     peak, left = layer.peak(), layer.count_short()
-    is_lower = not is_level and peak < out.peak - out.bound * limits.fresh_gain
+    is_lower = not is_level and peak < out.peak - out.goal * limits.fresh_gain
     is_better = left < missing or (left == missing and is_lower)
     row = align(layer) if is_better else []
     saved.restore(layer)
@@ -241,15 +252,15 @@ def try_fresh(layer: Layer, limits: Limits, is_level: bool, out: Outcome) -> Non
 
 
 def solve_held(layer: Layer, limits: Limits, out: Outcome) -> None:
-    target, inner = out.bound * (1.0 + limits.tolerance), out.bound * (1.0 + limits.tolerance * REACH)
-    floor = out.bound * HELD_FLOOR
+    target, inner = out.goal * (1.0 + limits.tolerance), out.goal * (1.0 + limits.tolerance * REACH)
+    floor = out.goal * HELD_FLOOR
     most = limits.moves or (UNLIMITED,) * 3
     out.spread = spread(layer, most[0])
     out.fill = fill_free(layer, most[1])
     out.peak = layer.peak()
     is_level = out.peak <= target
     if not is_level and limits.quota_tolerance >= 0.0:
-        is_level = can_quotas_level(layer, out.bound, out.bound * (1.0 + limits.quota_tolerance))
+        is_level = can_quotas_level(layer, out.goal, out.goal * (1.0 + limits.quota_tolerance))
     if not is_level:
         before = count_changed(layer)
         refine(layer, inner, most[2], floor, True, out.trace)
@@ -265,9 +276,10 @@ def solve_held(layer: Layer, limits: Limits, out: Outcome) -> None:
 def solve_layer(world: World, weight: Sequence[float], held: Sequence[int] | None, limits: Limits) -> Outcome:
     """Solve one layer, from nothing (``held`` None) or from what slots hold."""
     layer = Layer(world, weight)
-    out = Outcome([], [], [], 0.0, Counts(layer).bound(layer), 0, 0, 0, False, Trace())
+    bound, goal = Counts(layer, 1).bound(layer), Counts(layer, layer.need).bound(layer)
+    out = Outcome([], [], [], 0.0, bound, goal, 0, 0, 0, False, Trace())
     if held is None:
-        solve_fresh(layer, out.bound, limits)
+        solve_fresh(layer, out.goal, limits)
         out.peak = layer.peak()
     else:
         layer.take_held(held)
