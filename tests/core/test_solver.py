@@ -105,7 +105,7 @@ def test_first_placement(case):
     load, topology, active, need, spread = case
     plan = solve_placement(load, topology, active, min_replicas=need, spread=spread)
     check_plan(plan, load, topology, active)
-    assert plan.balance <= plan.bound + 1e-9 or plan.streamed
+    assert plan.balance <= plan.bound + 1e-9
     assert plan.balance_with_quotas >= plan.balance - 1e-3
     if can_spread(load, topology, active, need, spread):
         assert plan.shortfall == 0

@@ -6,6 +6,7 @@ function of its arguments: whoever computes it gets the same plan.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from elastic_ep.core.eplb import kernels
 from elastic_ep.core.eplb.budget import share_out
-from elastic_ep.core.eplb.degraded import degrade
+from elastic_ep.core.eplb.degraded import assign_readers, choose_residents, from_compact, to_compact
 from elastic_ep.core.eplb.kernels import Problem, Solution
 from elastic_ep.core.eplb.partners import partner_ranks
 from elastic_ep.core.eplb.plan import Asked, Found, Move, PlacementPlan, make_plan
@@ -26,7 +27,6 @@ __all__ = ["Move", "PlacementPlan", "solve_placement"]
 
 QUOTA_PART = 0.25
 """part of the tolerance to which quotas must level a layer for it to need no balance moves"""
-UNLIMITED = 1 << 40
 
 
 def solve_placement(
@@ -70,24 +70,43 @@ def solve_placement(
     domain = topology.domain_ids(spread)
     asked = Asked(weights, topology, alive, held, min_replicas, domain)
     if int(live_slots.sum()) < weights.shape[1]:
-        budget = UNLIMITED if max_moves is None else max_moves
-        short = degrade(weights, topology, alive, held, budget)
-        bound = np.maximum(weights.sum(axis=1) / max(1, int(alive.sum())), weights.max(axis=1, initial=0.0))
-        return make_plan(asked, Found(short.rows, None, short.covers, bound, short.streamed))
+        return make_plan(asked, _solve_degraded(asked, max_moves, tolerance))
     usable = alive & (np.asarray(topology.slots_per_rank) > 0)
     need = min(min_replicas, len(np.unique(domain[usable])))
     partners = partner_ranks(domain.tolist(), topology.slots_per_rank) if need > 1 else [[] for _ in range(topology.ep_size)]
     quota_tolerance = tolerance * QUOTA_PART if split == "quotas" else -1.0
     problem = Problem(topology.rank_of_slot, alive, domain, partners, need, tolerance, quota_tolerance)
-    # Scaled by a power of two, which is exact, so that no load is too large or too small to add up.
-    exponent = int(np.frexp(weights.max(initial=0.0))[1])
-    solution = _solve_within(problem, np.ldexp(weights, -exponent), held, max_moves)
-    bound = np.ldexp(solution.bound, exponent)
-    return make_plan(asked, Found(solution.rows, solution.reference, solution.covers, bound, {}))
+    solution = _solve_within(problem, weights, held, max_moves)
+    return make_plan(asked, Found(solution.rows, solution.reference, solution.covers, solution.bound, {}))
 
 
-def _solve_within(problem: Problem, scaled: NDArray[np.float64], held: NDArray[np.int64] | None, max_moves: int | None) -> Solution:
+def _solve_degraded(asked: Asked, max_moves: int | None, tolerance: float) -> Found:
+    """Fewer live slots than experts: the heaviest are placed, one slot each; the others are streamed, spread evenly over live ranks."""
+    weights, topology, alive, held = asked.weights, asked.topology, asked.alive, asked.held
+    live = int(alive[topology.rank_of_slot].sum())
+    residents, num_exchanged = choose_residents(weights, live, held, max_moves)
+    rows = np.full((len(weights), topology.num_slots), EMPTY, dtype=np.int64)
+    reference, covers = rows, np.zeros(rows.shape, dtype=np.bool_)
+    if live:
+        ranks = np.arange(topology.ep_size)
+        problem = Problem(topology.rank_of_slot, alive, ranks, [[] for _ in ranks], 1, tolerance, -1.0)
+        budget = None if max_moves is None else max(0, max_moves - num_exchanged)
+        compact = None if held is None else to_compact(residents, held, weights.shape[1])
+        solution = _solve_within(problem, np.take_along_axis(weights, residents, axis=1), compact, budget)
+        rows, reference, covers = from_compact(residents, solution.rows), from_compact(residents, solution.reference), solution.covers
+    bound = np.maximum(weights.sum(axis=1) / int(alive.sum()), weights.max(axis=1))
+    return Found(rows, reference, covers, bound, assign_readers(weights, rows, topology.rank_of_slot, alive))
+
+
+def _solve_within(problem: Problem, load: NDArray[np.float64], held: NDArray[np.int64] | None, max_moves: int | None) -> Solution:
     """Without limits; and once more with the moves shared out among layers if that made more than ``max_moves``."""
+    # Scaled by a power of two, which is exact, so that no load is too large or too small to add up.
+    exponent = int(np.frexp(load.max(initial=0.0))[1])
+    solution = _solve_scaled(problem, np.ldexp(load, -exponent), held, max_moves)
+    return replace(solution, peak=np.ldexp(solution.peak, exponent), bound=np.ldexp(solution.bound, exponent))
+
+
+def _solve_scaled(problem: Problem, scaled: NDArray[np.float64], held: NDArray[np.int64] | None, max_moves: int | None) -> Solution:
     if held is None or max_moves is None:
         return kernels.solve_layers(problem, scaled, held)
     nothing = np.zeros((len(scaled), 3), dtype=np.int64)
