@@ -62,7 +62,8 @@ def test_random_kills_change_no_token(checkpoint, family):
     asked = prompts(32)
     victims = [0, *rng.sample([1, 2, 3], 2)]
     rng.shuffle(victims)
-    with ServerProcess(checkpoint(family), "--ep-size", "4", "--num-redundant-experts", "2", *NO_RESTART, "--prefill-chunk", "16") as server:
+    arguments = ("--ep-size", "4", "--num-redundant-experts", "2", "--prefill-chunk", "16", *NO_RESTART)
+    with ServerProcess(checkpoint(family), *arguments) as server:
         undisturbed = asyncio.run(run_streams(server, asked))
         disturb = kill_at_random(server, victims, rng, len(asked) * COUNT)
         disturbed = asyncio.run(run_streams(server, asked, disturb))
