@@ -44,7 +44,9 @@ class ExpertSlots:
         self._source = source
         self._is_transposed = is_transposed
         self._num_spare = num_spare
-        self._memory: list[list[torch.Tensor]] = [list(zeroed(num_slots * layout.num_bytes).view(num_slots, layout.num_bytes)) for _ in range(num_layers)]
+        self._memory: list[list[torch.Tensor]] = [
+            list(zeroed(num_slots * layout.num_bytes).view(num_slots, layout.num_bytes)) for _ in range(num_layers)
+        ]
         self._weights = [[self._as_weights(memory[slot]) for slot in range(num_slots)] for memory in self._memory]
         self._held: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self._resident: list[dict[int, ExpertWeights]] = [{} for _ in range(num_layers)]
