@@ -12,15 +12,15 @@ from elastic_ep.core.placement import EMPTY
 
 
 def choose_residents(
-    weights: NDArray[np.float64], num_slots: int, held: NDArray[np.int64] | None, budget: int | None
+    weights: NDArray[np.float64], num_slots: int, held: NDArray[np.int64] | None, tolerance: float, budget: int | None
 ) -> tuple[NDArray[np.int64], int]:
     """int64 [L, num_slots], ascending: the experts of each layer that have a slot; and how many others had to give theirs up.
 
-    The heaviest are resident. With a ``budget``, experts that slots hold stay resident, the heaviest of the others fill up the slots that
-    are left, and only so many give way to heavier ones.
+    The heaviest are resident. Where slots hold something, what they hold stays, the heaviest of the others fill up the slots that are
+    left, and the lightest give way to experts that are heavier by more than ``tolerance``, ``budget`` of them at most.
     """
     order = np.argsort(-weights, axis=1, kind="stable")
-    if held is None or budget is None:
+    if held is None:
         return np.sort(order[:, :num_slots], axis=1), 0
     chosen = []
     exchanges: list[tuple[float, int, int, int]] = []  # (-gain, layer, expert that leaves, expert that comes)
@@ -31,9 +31,8 @@ def choose_residents(
         waiting = ranked[~np.isin(ranked, resident)]
         leaving = resident[np.argsort(weights[layer, resident], kind="stable")]
         for out, back in zip(leaving.tolist(), waiting.tolist(), strict=False):
-            gain = float(weights[layer, back] - weights[layer, out])
-            if gain > 0.0:
-                exchanges.append((-gain, layer, out, back))
+            if weights[layer, back] > weights[layer, out] * (1.0 + tolerance):
+                exchanges.append((float(weights[layer, out] - weights[layer, back]), layer, out, back))
     done = sorted(exchanges)[:budget]
     for _, layer, out, back in done:
         chosen[layer] = np.where(chosen[layer] == out, back, chosen[layer])

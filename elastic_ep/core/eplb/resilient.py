@@ -84,7 +84,7 @@ def _solve_degraded(asked: Asked, max_moves: int | None, tolerance: float) -> Fo
     """Fewer live slots than experts: the heaviest are placed, one slot each; the others are streamed, spread evenly over live ranks."""
     weights, topology, alive, held = asked.weights, asked.topology, asked.alive, asked.held
     live = int(alive[topology.rank_of_slot].sum())
-    residents, num_exchanged = choose_residents(weights, live, held, max_moves)
+    residents, num_exchanged = choose_residents(weights, live, held, tolerance, max_moves)
     rows = np.full((len(weights), topology.num_slots), EMPTY, dtype=np.int64)
     reference, covers = rows, np.zeros(rows.shape, dtype=np.bool_)
     if live:
