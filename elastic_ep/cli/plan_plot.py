@@ -30,9 +30,10 @@ def draw(report: Report, path: str) -> None:
     figure = Figure(figsize=(5.5 * len(cases) + 1.0, 5.0), layout="constrained")
     axes = figure.subplots(1, len(cases), squeeze=False)[0]
     images = [(name, case, _relative(case, report.topology)) for name, case in cases]
-    top = max(1.05, max(float(np.nanmax(image)) for _, _, image in images))
+    low = min(0.9, min(float(np.nanmin(image)) for _, _, image in images))
+    top = max(1.1, max(float(np.nanmax(image)) for _, _, image in images))
     for axis, (name, case, image) in zip(axes, images, strict=True):
-        drawn = axis.imshow(image, aspect="auto", vmin=0.0, vmax=top, cmap="viridis", interpolation="nearest")
+        drawn = axis.imshow(image, aspect="auto", vmin=low, vmax=top, cmap="viridis", interpolation="nearest")
         axis.set(title=f"{name}: balance {case.plan.balance_with_quotas:.4f}", xlabel="rank", ylabel="layer")
     figure.colorbar(drawn, ax=list(axes), label="rank load / mean")
     try:
