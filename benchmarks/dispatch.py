@@ -44,7 +44,7 @@ TOP_K = 8
 TOKENS = (1, 8, 32, 128, 512)
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS = 4
-BLOCK_S = 0.45
+BLOCK_S = 0.3
 """how long each side runs per round and size"""
 
 

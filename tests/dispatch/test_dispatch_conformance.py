@@ -138,7 +138,7 @@ def test_an_expert_without_a_replica_is_refused(make_world: Any, backend: str) -
     dispatcher = make_world(backend, 1).dispatchers[0]
     whole = lone_routing(2)
     routing = RoutingTable(1, np.where(np.arange(2)[None, :, None] == 1, -1, whole.replica_rank), whole.cumulative_quota, {})
-    with pytest.raises(InvalidInputError, match=r"expert 1 .* live replica"):
+    with pytest.raises(InvalidInputError, match=r"experts? \[?1\]? .* live replica"):
         dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
 
 
@@ -171,3 +171,11 @@ def test_a_point_that_does_not_grow_is_refused(make_world: Any) -> None:
     for at in (StepPoint(1, 5, 1), StepPoint(1, 5, 0), StepPoint(1, 4, 1)):
         with pytest.raises(InvalidInputError, match="does not come after"):
             run_layer(dispatcher, batch, lone_routing(2), at)
+
+
+def test_a_routing_table_of_several_ranks_is_not_for_the_local_backend() -> None:
+    with pytest.raises(InvalidInputError, match="use the socket backend"):
+        LocalDispatcher().connect({0: "a", 1: "b"}, 1.0)
+    routing = make_routing(np.random.default_rng(0), [0, 1], 4)
+    with pytest.raises(InvalidInputError, match=r"names ranks \[0, 1\]; use the socket backend"):
+        LocalDispatcher().dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))

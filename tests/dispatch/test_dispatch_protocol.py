@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import signal
 import socket
 import struct
 import threading
@@ -24,6 +25,8 @@ from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch import handshake
 from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interrupted, PeerFailed, StepPoint
 from elastic_ep.runtime.dispatch.frames import FrameFormat, FrameKey, Phase
+from elastic_ep.runtime.dispatch.link import LinkedState
+from elastic_ep.runtime.dispatch.rows import compiled
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 
 pytestmark = pytest.mark.timeout(30)
@@ -197,6 +200,59 @@ def test_sums_of_a_failed_combine_are_those_of_the_peers_that_answered(make_worl
         to = torch.from_numpy(routing_of([0, 1, 2], 1).destination_ranks(0, batch.topk_ids.numpy(), rank, 0))
         answered = Batch(batch.x, batch.topk_ids, batch.topk_weights * (to != 1))
         assert torch.equal(failed.partial, expected(answered))
+
+
+@pytest.mark.parametrize("backend", ["unix", "numpy"])
+def test_a_signal_is_handled_and_the_wait_goes_on(make_world: Any, backend: str) -> None:
+    world = make_world(backend, 2, deadline_s=0.3)
+    came: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: came.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    try:
+        failed = dispatch(world.dispatchers[0], batch_of(0, 2), [0, 1], 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert failed.peers == {1: FailureKind.DEADLINE}
+    assert came
+
+
+@pytest.mark.parametrize("backend", ["unix", "numpy"])
+def test_one_who_slept_past_the_deadline_reads_what_came_before_it_blames(make_world: Any, backend: str, switch: Switch) -> None:
+    """Both frames are there when rank 0 begins, and its time is up at once, as if it had been stopped in between."""
+    world = make_world(backend, 3, interrupts={1: switch.near, 2: switch.near})
+    calls = {r: lambda r=r: dispatch(world.dispatchers[r], batch_of(r, 3), [0, 1, 2], 1) for r in (1, 2)}
+    switch.on()
+    assert run_ranks(calls) == {1: Interrupted(), 2: Interrupted()}
+    world.dispatchers[0]._exchange.deadline_s = 0.0
+    assert isinstance(dispatch(world.dispatchers[0], batch_of(0, 3), [0, 1, 2], 1), DispatchHandle)
+
+
+# ---- which path
+
+
+@pytest.mark.parametrize(("backend", "linked"), [("unix", True), ("numpy", False), ("inline", False), ("page", True), ("tcp", False)])
+def test_ranks_that_share_memory_take_the_compiled_path(make_world: Any, backend: str, linked: bool) -> None:
+    if compiled is None:
+        pytest.skip("the extension was not built")
+    world = make_world(backend, 2)
+    small, large = 3, 600
+    for step, (num_tokens, wanted) in enumerate(((small, linked), (large, linked and backend != "page"), (small, linked))):
+        batches = {r: batch_of(r, num_tokens) for r in (0, 1)}
+        calls = {r: lambda r=r, b=b, s=step: dispatch(world.dispatchers[r], b, [0, 1], 1, s) for r, b in batches.items()}
+        handles = run_ranks(calls)
+        assert [isinstance(h.state, LinkedState) for h in handles.values()] == [wanted] * 2
+        outs = run_ranks({r: lambda r=r, h=h: world.dispatchers[r].combine(run_experts(h), h) for r, h in handles.items()})
+        assert all(same_bits(outs[r], expected(batches[r])) for r in (0, 1))
+
+
+def test_both_paths_understand_each_other(make_world: Any) -> None:
+    """Rank 1 has no extension."""
+    world = make_world("unix", 3)
+    world.dispatchers[1]._idle_link = lambda: None
+    for step in range(5):
+        check_layer(world, epoch=1, step=step, num_tokens=step)
+    assert all(d.stale_frames == 0 for d in world.dispatchers.values())
 
 
 # ---- membership

@@ -259,7 +259,7 @@ static PyObject *group(Exchange *x, const plan_t *plan, int64_t tokens, int64_t 
 }
 
 static int send_dispatch(Exchange *x, const plan_t *plan, const char *rows, int64_t tokens, int64_t row_bytes) {
-    memcpy(region(x->head->outbox, x->head->region_bytes, 0), rows, tokens * row_bytes);
+    if (tokens) memcpy(region(x->head->outbox, x->head->region_bytes, 0), rows, tokens * row_bytes);
     for (int64_t i = 0; i < x->head->num_peers; i++) {
         int64_t begin = plan->start[x->turns[i].peer->rank], count = plan->start[x->turns[i].peer->rank + 1] - begin;
         if (!write_frame(x, &x->turns[i], tokens, count, plan->pairs + begin, count * sizeof(pair_t))) return -1;
@@ -391,7 +391,7 @@ typedef struct {
 
 static int send_combine(Exchange *x, const arrival_t *a, const char *outputs, int64_t num_rows, int64_t row_bytes) {
     char *outbox = region(x->head->outbox, x->head->region_bytes, 1);
-    if (outbox != outputs) memcpy(outbox, outputs, num_rows * row_bytes);
+    if (num_rows && outbox != outputs) memcpy(outbox, outputs, num_rows * row_bytes);
     for (int64_t i = 0; i < x->head->num_peers; i++) {
         int64_t s = source_index(x, i), begin = a->source_start[s], count = a->source_start[s + 1] - begin;
         if (!write_frame(x, &x->turns[i], num_rows, count, a->back + begin, count * sizeof(int32_t))) return -1;

@@ -42,7 +42,7 @@ class DispatchHandle:
 
     Attributes:
         rows: [N, H] rows to run through experts, in the model's dtype, grouped by expert (ascending), within a group by
-            (source rank, token): `groups` cuts them.
+            (source rank, token): `groups` cuts them. The memory is the backend's: the next dispatch overwrites it.
         groups: (logical expert, first row, end row) for each expert that received rows.
         state: the backend's own bookkeeping.
     """
@@ -77,6 +77,10 @@ class Dispatcher(Protocol):
     `connect` makes the mesh match the given peers: dials or accepts those not connected yet and closes the channel to every rank
     not named (a dead rank that wakes up finds its channels closed). It is called at start and with each new epoch; peers that stay
     keep their connections. Returns the peers that could not be reached before `deadline_s`.
+
+    Points must grow from call to call, and a void step is run again under a later one: frames of older points are dropped. No rank may
+    begin a new step before every rank has ended the void one (the controller waits for their answers), as rows may be read in place.
+    A partial result is for looking at, not for `combine`.
     """
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None: ...

@@ -46,6 +46,7 @@ class Exchange:
         deadline = began + (self.grace_s if done.failed else self.deadline_s)
         waiting = dict.fromkeys(mesh.channels.values(), Progress.WAITING)
         ready = [(channel, 0) for channel in waiting if channel.holds_input or channel.broken]
+        last_look = False
         while True:
             for channel, event in ready:
                 kind = _advance(channel, event, form, accept, done.arrived, waiting)
@@ -56,11 +57,13 @@ class Exchange:
             if not waiting:
                 return done
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            if last_look:
                 if not done.failed:
                     done.failed = {channel.peer: FailureKind.DEADLINE for channel in waiting}
                 return done
-            events = self._poll(waiting, left_s)
+            # this process may have been stopped past the deadline itself, with all frames waiting to be read
+            last_look = left_s <= 0
+            events = self._poll(waiting, max(0.0, left_s))
             if self.interrupt_fd in events:
                 done.interrupted = True
                 return done

@@ -13,7 +13,7 @@ from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.checks import check_combine, check_dispatch, checked_ids
-from elastic_ep.runtime.dispatch.grouping import plan_arrival, plan_departure
+from elastic_ep.runtime.dispatch.grouping import BadPairsError, plan_arrival, plan_departure
 from elastic_ep.runtime.dispatch.rows import RowBuffer, as_array, gather, weighted_sum
 
 
@@ -29,6 +29,8 @@ class LocalDispatcher:
 
     def __init__(self) -> None:
         self._buffer = RowBuffer()
+        self._routing: RoutingTable | None = None
+        self._served: list[NDArray[np.bool_]] = []
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> None:
         """There is nobody to dial. Raises InvalidInputError if `peers` names anyone but rank 0."""
@@ -40,13 +42,29 @@ class LocalDispatcher:
     ) -> DispatchHandle:
         """See `Dispatcher.dispatch`."""
         check_dispatch(x, topk_ids, topk_weights, routing, at)
-        num_experts = routing.replica_rank.shape[1]
-        ids = checked_ids(topk_ids, num_experts)
-        departure = plan_departure(ids, routing.destination_ranks(at.layer, ids, 0, at.step), 1)
-        arrival = plan_arrival([departure.pairs], [len(x)], np.ones(num_experts, dtype=bool))
+        served = self._served_by(routing)[at.layer]
+        ids = checked_ids(topk_ids, len(served))
+        departure = plan_departure(ids, np.zeros(ids.shape, dtype=np.int32), 1)
+        try:
+            arrival = plan_arrival([departure.pairs], [len(x)], served)
+        except BadPairsError:
+            missing = sorted(set(ids[~served[ids]].tolist()))
+            raise InvalidInputError(
+                f"experts {missing} of MoE layer {at.layer} are not on rank 0; install a table in which every expert has a live replica"
+            ) from None
         rows, array = self._buffer.take(len(arrival.row_of), x.shape[1], x.dtype)
         gather(array, [as_array(x)], arrival.source_of, arrival.row_of)
         return DispatchHandle(rows, arrival.groups, _LocalState(arrival.back, departure.position, topk_weights))
+
+    def _served_by(self, routing: RoutingTable) -> list[NDArray[np.bool_]]:
+        """bool [E] for each layer: experts that rank 0 holds."""
+        if routing is not self._routing:
+            if (routing.replica_rank > 0).any():
+                ranks = sorted(set(routing.replica_rank[routing.replica_rank >= 0].tolist()))
+                raise InvalidInputError(f"the local backend is rank 0 of 1, the routing table names ranks {ranks}; use the socket backend")
+            self._served = list((routing.replica_rank == 0).any(-1))
+            self._routing = routing
+        return self._served
 
     def combine(self, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """See `Dispatcher.combine`."""
