@@ -116,6 +116,12 @@ static inline uint16_t narrow(float value) {
     return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (uint16_t)rounded;
 }
 
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_CPU __attribute__((target_clones("avx2", "default"))) /* the widest registers that the processor has; the same bits */
+#else
+#define FOR_EACH_CPU
+#endif
+
 static void add_float(float *restrict sum, const float *restrict row, float weight, int64_t n, int first) {
     if (first)
         for (int64_t j = 0; j < n; j++) sum[j] = weight * row[j];
@@ -131,7 +137,7 @@ static void add_half(float *restrict sum, const uint16_t *restrict row, float we
 }
 
 /* One token: its K rows, added in list order. */
-static void sum_token(char *out, const char *const *rows, const float *weights, int64_t top_k, int64_t hidden, int is_half) {
+FOR_EACH_CPU static void sum_token(char *out, const char *const *rows, const float *weights, int64_t top_k, int64_t hidden, int is_half) {
     float sum[CHUNK];
     for (int64_t start = 0; start < hidden; start += CHUNK) {
         int64_t n = hidden - start < CHUNK ? hidden - start : CHUNK;
