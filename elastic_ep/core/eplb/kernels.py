@@ -25,7 +25,7 @@ FRESH_TOLERANCE = 0.0025
 """rows from nothing are refined to this part above the bound"""
 FRESH_GAIN = 0.03
 """a row from nothing replaces a repaired one, at the price of moving most of it, if its peak is lower by this part of the bound"""
-STILL = 1e-6
+STILL = 1e-5
 """quotas are done when no part of an expert changes by more than this part of the layer's load"""
 
 

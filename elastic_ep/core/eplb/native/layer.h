@@ -16,6 +16,20 @@ typedef uint8_t u8;
 static const i64 UNLIMITED = (i64)1 << 40;
 static const double NO_LOAD_IS_MORE = 1e300; /* share of an expert that has no replica left */
 
+/* An expert while it is being sorted. rank: the upper half of the key's bits, inverted. */
+typedef struct {
+    double key;
+    uint32_t rank;
+    i32 index;
+} Keyed;
+
+/* A slot of the peak rank while steps are sought: whether its expert may go to the rank in question, whether it differs from before. */
+typedef struct {
+    i32 slot, expert;
+    double share, more;
+    u8 may_go, is_touched;
+} Mine;
+
 /* What all layers share, the state of the layer in work, and room to work in. E experts, P slots, R ranks, D = R domains at most. */
 typedef struct {
     i64 num_experts, num_slots, num_ranks, need;
@@ -41,10 +55,11 @@ typedef struct {
     i32 *spare;                               /* [E] slots of origin that cover nothing */
 
     double *key;                              /* [E] */
-    i32 *counts, *order, *list;               /* [E], [2 E], [E] */
+    Keyed *sorted;                            /* [2 E] */
+    i32 *counts, *order, *list;               /* [E] */
     i32 *near, *hidden, *row, *slots;         /* [R], [R], [P], [P] */
     i64 *room, *stamp, tick;                  /* [R], [R] */
-    u8 *may_go;                               /* [P] */
+    Mine *mine;                               /* [P] */
     double *bond;                             /* like partner: load of the experts that live on just these two ranks */
     double *tree;                             /* [2 leaves] winner tree over live ranks */
     i32 *winner;
@@ -190,7 +205,7 @@ static int may_drop(Layer *s, i64 e, i64 rank) {
 static int may_shift(Layer *s, i64 e, i64 from, i64 to) {
     if (s->need <= 1) return 1;
     i64 has = num_domains(s, e, -1, -1);
-    if (num_domains(s, e, from, to) < (has < s->need ? has : s->need)) return 0;
+    if (num_domains(s, e, from, to) < has) return 0;
     if (s->count[e] > s->need) return 1;
     for (i32 t = s->head[e]; t >= 0; t = s->next[t]) {
         i64 r = s->rank_of_slot[t];

@@ -5,31 +5,46 @@
 
 #include "layer.h"
 
-/* Experts by descending key, equal ones by ascending index: merge sort of `order` (room for 2 n). */
-static void sort_descending(const double *key, i32 *order, i64 n) {
-    i32 *from = order, *to = order + n;
-    for (i64 lo = 0; lo < n; lo += 8) {
-        i64 hi = lo + 8 < n ? lo + 8 : n;
-        for (i64 i = lo; i < hi; i++) {
-            i64 j = i;
-            while (j > lo && key[from[j - 1]] < key[i]) { from[j] = from[j - 1]; j--; }
-            from[j] = (i32)i;
-        }
+/* Put x in its place among the `at` entries before it. Equal keys keep their order. */
+static inline void insert_sorted(Keyed *sorted, i64 at, Keyed x) {
+    while (at > 0 && sorted[at - 1].key < x.key) {
+        sorted[at] = sorted[at - 1];
+        at--;
     }
-    for (i64 width = 8; width < n; width *= 2) {
-        for (i64 lo = 0; lo < n; lo += 2 * width) {
-            i64 mid = lo + width < n ? lo + width : n, hi = lo + 2 * width < n ? lo + 2 * width : n;
-            i64 i = lo, j = mid;
-            for (i64 k = lo; k < hi; k++) {
-                int left = j >= hi || (i < mid && key[from[i]] >= key[from[j]]);
-                to[k] = left ? from[i] : from[j];
-                i += left;
-                j += !left;
-            }
-        }
-        i32 *t = from; from = to; to = t;
+    sorted[at] = x;
+}
+
+/* Experts by descending key (0 or more), equal ones by ascending index, into `order`; `sorted` has room for 2 n.
+ *
+ * The upper half of a double's bits nearly sorts it: radix sort by those, byte by byte, then insertion for what is left. */
+static void sort_descending(const double *key, Keyed *sorted, i32 *order, i64 n) {
+    enum { PASSES = 4, FEW = 24 };
+    i64 start[PASSES][256];
+    Keyed *from = sorted, *to = sorted + n;
+    memset(start, 0, sizeof start);
+    for (i64 i = 0; i < n; i++) {
+        Keyed x = {key[i] + 0.0, 0, (i32)i};
+        uint64_t bits;
+        memcpy(&bits, &x.key, sizeof bits);
+        x.rank = ~(uint32_t)(bits >> 32);
+        from[i] = x;
+        for (int p = 0; p < PASSES; p++) start[p][(x.rank >> (8 * p)) & 255]++;
     }
-    if (from != order) memcpy(order, from, sizeof(i32) * (size_t)n);
+    for (int p = 0; p < PASSES && n > FEW; p++) {
+        i64 sum = 0;
+        for (i64 b = 0; b < 256; b++) {
+            i64 count = start[p][b];
+            start[p][b] = sum;
+            sum += count;
+        }
+        for (i64 i = 0; i < n; i++) to[start[p][(from[i].rank >> (8 * p)) & 255]++] = from[i];
+        Keyed *t = from;
+        from = to;
+        to = t;
+    }
+    for (i64 i = 1; i < n; i++)
+        if (from[i - 1].key < from[i].key) insert_sorted(from, i, from[i]);
+    for (i64 i = 0; i < n; i++) order[i] = from[i].index;
 }
 
 /* ---- the tree of least loaded ranks: leaf i is the i-th live rank, the lowest index wins among equals ---- */
@@ -90,7 +105,7 @@ static void replica_counts(Layer *s, i64 need) {
     i32 *heap = s->order;
     for (i64 e = 0; e < E; e++) s->counts[e] = 1;
     if (levels > 1 && spare > 0) {
-        sort_descending(s->weight, s->order, E);
+        sort_descending(s->weight, s->sorted, s->order, E);
         for (i64 level = 1; level < levels; level++)
             for (i64 i = 0; i < E && spare > 0; i++, spare--) s->counts[s->order[i]]++;
     }
@@ -143,8 +158,19 @@ static inline int is_open(const Layer *s, i64 at, i64 e, i64 tick) {
     return s->near[at] < s->last[r] && !s->on[e * s->num_ranks + r] && s->stamp[s->domain[r]] != tick;
 }
 
-/* A partner of rank `home` in a new domain, or any rank in one: the least loaded, counting what falls to it when `home`'s domain is
- * lost. A live index, or -1. */
+/* The least loaded rank in a new domain that is open. A live index, or -1. */
+static i64 pick_elsewhere(const Layer *s, i64 e, i64 tick) {
+    i64 best = -1;
+    double top = INFINITY;
+    for (i64 at = 0; at < s->num_live; at++)
+        if (is_open(s, at, e, tick) && s->load[s->live[at]] < top) {
+            top = s->load[s->live[at]];
+            best = at;
+        }
+    return best;
+}
+
+/* The same among partners of rank `home`, counting what falls to them when `home`'s domain is lost; any rank if none is open. */
 static i64 pick_partner(const Layer *s, i64 home, i64 e, i64 tick) {
     i64 best = -1;
     double top = INFINITY;
@@ -155,25 +181,23 @@ static i64 pick_partner(const Layer *s, i64 home, i64 e, i64 tick) {
         double key = s->load[r] + (there > here ? there : here);
         if (key < top || (key == top && at < best)) { top = key; best = at; }
     }
-    if (best >= 0) return best;
-    for (i64 at = 0; at < s->num_live; at++)
-        if (is_open(s, at, e, tick) && s->load[s->live[at]] < top) { top = s->load[s->live[at]]; best = at; }
-    return best;
+    return best >= 0 ? best : pick_elsewhere(s, e, tick);
 }
 
-/* Fill an empty row with `counts` (loads in `key`): heaviest first, each replica to the least loaded rank that may take it; the second
- * and later of the first `need` to partners of the first, in new failure domains. */
+/* Fill an empty row with `counts` (loads in `key`): heaviest first, each replica to the least loaded rank that may take it. Where distinct
+ * domains are needed, the second and later of the first `need` go to partners of the first, and all to new domains while there are any. */
 static void pack(Layer *s) {
     i64 E = s->num_experts;
     i32 *free_slot = s->near; /* next empty slot of the i-th live rank */
-    sort_descending(s->key, s->order, E);
+    sort_descending(s->key, s->sorted, s->order, E);
     tree_start(s);
     for (i64 i = 0; i < s->partner_start[s->num_ranks]; i++) s->bond[i] = 0.0;
     for (i64 i = 0; i < s->num_live; i++) free_slot[i] = s->first[s->live[i]];
     for (i64 oi = 0; oi < E; oi++) {
         i64 e = s->order[oi], want = s->counts[e], tick = ++s->tick, home = -1, num_hidden = 0;
         for (i64 c = 0; c < want; c++) {
-            i64 at = c > 0 && c < s->need ? pick_partner(s, home, e, tick) : -1;
+            i64 at = -1;
+            if (c > 0 && s->need > 1) at = c < s->need ? pick_partner(s, home, e, tick) : pick_elsewhere(s, e, tick);
             if (at < 0) {
                 if (s->tree[1] == INFINITY) break;
                 at = s->winner[1];
@@ -183,7 +207,7 @@ static void pack(Layer *s) {
             s->load[r] += s->key[e];
             if (home < 0) home = r;
             else if (want == 2 && s->need == 2) add_bond(s, home, r, s->weight[e]);
-            if (c < s->need) s->stamp[s->domain[r]] = tick;
+            s->stamp[s->domain[r]] = tick;
             if (want == 1) {
                 tree_set(s, at, free_slot[at] < s->last[r] ? s->load[r] : INFINITY);
                 break;
@@ -204,7 +228,7 @@ static void pack(Layer *s) {
 static void pack_by_domains(Layer *s) {
     i64 E = s->num_experts, R = s->num_ranks;
     i32 *free_slot = s->near;
-    sort_descending(s->key, s->order, E);
+    sort_descending(s->key, s->sorted, s->order, E);
     for (i64 d = 0; d < R; d++) s->room[d] = 0;
     for (i64 at = 0; at < s->num_live; at++) {
         i64 r = s->live[at];

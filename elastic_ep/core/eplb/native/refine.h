@@ -45,39 +45,51 @@ static inline i64 change(const Layer *s, i64 slot, i64 e) {
     return (e != s->reference[slot]) - (s->place[slot] != s->reference[slot]);
 }
 
-/* Steps that take load from slot a of the peak rank to rank j. */
+/* Slots of the peak rank whose experts rank j does not hold, into `mine`. Returns how many. */
+static i64 list_mine(Layer *s, i64 m, i64 j, int counted) {
+    i64 n = 0;
+    for (i64 a = s->first[m]; a < s->last[m]; a++) {
+        i64 e = s->place[a];
+        if (e == FREE || s->on[e * s->num_ranks + j]) continue;
+        Mine *x = &s->mine[n++];
+        x->slot = (i32)a;
+        x->expert = (i32)e;
+        x->share = s->share[e];
+        x->more = s->more[e];
+        x->may_go = (u8)(s->need <= 1 || may_shift(s, e, m, j));
+        x->is_touched = (u8)(counted && e != s->reference[a]);
+    }
+    return n;
+}
+
+/* Steps that take load from a slot of the peak rank to rank j. */
 static void offer_pairs(Layer *s, Step *best, i64 m, i64 j, double target, double floor, i64 left, int counted) {
-    i64 R = s->num_ranks;
+    i64 num_mine = list_mine(s, m, j, counted);
     double lm = s->load[m], lj = s->load[j];
-    u8 *may_go = s->may_go - s->first[m];
-    if (s->need > 1)
-        for (i64 a = s->first[m]; a < s->last[m]; a++) may_go[a] = s->place[a] != FREE && may_shift(s, s->place[a], m, j) ? 1 : 0;
     for (i64 b = s->first[j]; b < s->last[j]; b++) {
         i64 eb = s->place[b];
         if (eb == FREE) continue;
         double ub = s->share[eb];
-        int blocked = s->on[eb * R + m];
-        int drop = may_drop(s, eb, j);
+        int blocked = s->on[eb * s->num_ranks + m], drop = may_drop(s, eb, j), is_touched = counted && eb != s->reference[b];
         if (!blocked && s->need > 1) blocked = !may_shift(s, eb, j, m);
         if (blocked && !drop) continue;
         double without = drop ? peak_without(s, b) : 0.0;
         if (drop && lm - without <= floor) drop = 0;
-        for (i64 a = s->first[m]; a < s->last[m]; a++) {
-            i64 ea = s->place[a];
-            if (ea == FREE || s->on[ea * R + j]) continue;
-            double ua = s->share[ea];
+        for (i64 i = 0; i < num_mine; i++) {
+            const Mine *a = &s->mine[i];
             if (drop) {
-                double ua2 = s->more[ea];
-                double x = lm - ua + ua2, y = lj - ub + ua2;
+                double x = lm - a->share + a->more, y = lj - ub + a->more;
                 if (y > x) x = y;
                 if (without > x) x = without;
-                offer(best, lm, target, floor, left, REPLICATE, a, b, ea, counted ? change(s, b, ea) : 1, x);
+                offer(best, lm, target, floor, left, REPLICATE, a->slot, b, a->expert, counted ? change(s, b, a->expert) : 1, x);
             }
-            if (!blocked && ub < ua) {
-                double x = lm - ua + ub, y = lj - ub + ua;
+            if (!blocked && ub < a->share && a->may_go) {
+                double x = lm - a->share + ub, y = lj - ub + a->share;
                 if (y > x) x = y;
-                if (s->need > 1 && !may_go[a]) continue;
-                offer(best, lm, target, floor, left, SWAP, a, b, eb, counted ? change(s, a, eb) + change(s, b, ea) : 1, x);
+                if (lm - x <= floor) continue;
+                i64 cost = 1;
+                if (counted) cost = is_touched || a->is_touched ? change(s, a->slot, eb) + change(s, b, a->expert) : 2;
+                offer(best, lm, target, floor, left, SWAP, a->slot, b, eb, cost, x);
             }
         }
     }
@@ -152,21 +164,59 @@ static void apply(Layer *s, const Step *step) {
     }
 }
 
-/* The `most` least loaded ranks but m, ascending, into s->near. Returns how many. */
-static i64 select_lightest(Layer *s, i64 m, i64 most) {
+/* ---- ranks by ascending load, the lowest first among equals ---- */
+
+/* The NEAREST least loaded ranks but m, in order, into s->near. Returns how many. */
+static i64 select_lightest(Layer *s, i64 m) {
     i32 *near = s->near;
     i64 n = 0;
     for (i64 i = 0; i < s->num_live; i++) {
         i64 r = s->live[i], at = n;
         if (r == m) continue;
-        if (n < most) n++;
-        else if (s->load[r] >= s->load[near[most - 1]]) continue;
-        else at = most - 1;
-        while (at > 0 && s->load[near[at - 1]] > s->load[r]) { near[at] = near[at - 1]; at--; }
+        if (n < NEAREST) n++;
+        else if (s->load[r] >= s->load[near[NEAREST - 1]]) continue;
+        else at = NEAREST - 1;
+        while (at > 0 && s->load[near[at - 1]] > s->load[r]) {
+            near[at] = near[at - 1];
+            at--;
+        }
         near[at] = (i32)r;
     }
     return n;
 }
+
+static inline int is_lighter(const Layer *s, i32 a, i32 b) { return s->load[a] < s->load[b] || (s->load[a] == s->load[b] && a < b); }
+
+static void sift_down(const Layer *s, i32 *heap, i64 n, i64 i) {
+    i32 item = heap[i];
+    for (;;) {
+        i64 c = 2 * i + 1;
+        if (c >= n) break;
+        if (c + 1 < n && is_lighter(s, heap[c + 1], heap[c])) c++;
+        if (!is_lighter(s, heap[c], item)) break;
+        heap[i] = heap[c];
+        i = c;
+    }
+    heap[i] = item;
+}
+
+/* All live ranks but m as a heap in s->near. Returns how many. */
+static i64 heap_lightest(Layer *s, i64 m) {
+    i64 n = 0;
+    for (i64 i = 0; i < s->num_live; i++)
+        if (s->live[i] != m) s->near[n++] = s->live[i];
+    for (i64 i = n / 2 - 1; i >= 0; i--) sift_down(s, s->near, n, i);
+    return n;
+}
+
+static i64 pop_lightest(Layer *s, i64 *n) {
+    i64 r = s->near[0];
+    s->near[0] = s->near[--*n];
+    if (*n > 0) sift_down(s, s->near, *n, 0);
+    return r;
+}
+
+/* ---- */
 
 /* Lower the peak until it is at most `target`, by steps that gain more than `floor`. `counted` steps are priced by the slots that they
  * change and may re-cover lost experts; others all cost one. Returns the moves made. */
@@ -179,12 +229,16 @@ static i64 refine(Layer *s, double target, i64 budget, double floor, int counted
         if (counted) offer_recovering(s, &best, m, target, floor, budget - moves);
         offer_rededication(s, &best, m, target, floor, budget - moves, counted);
         double enough = s->load[m] - target; /* all that one step can gain, at the price of one move */
-        i64 tried = select_lightest(s, m, NEAREST);
+        i64 tried = select_lightest(s, m);
         for (i64 i = 0; i < tried && best.score < enough; i++)
             offer_pairs(s, &best, m, s->near[i], target, floor, budget - moves, counted);
-        if (best.kind == NOTHING && tried == NEAREST) tried = select_lightest(s, m, FARTHEST);
-        for (i64 i = NEAREST; i < tried && best.kind == NOTHING; i++)
-            offer_pairs(s, &best, m, s->near[i], target, floor, budget - moves, counted);
+        if (best.kind == NOTHING && tried == NEAREST) {
+            i64 left = heap_lightest(s, m);
+            for (i64 i = 0; i < FARTHEST && left > 0 && best.kind == NOTHING; i++) {
+                i64 r = pop_lightest(s, &left);
+                if (i >= NEAREST) offer_pairs(s, &best, m, r, target, floor, budget - moves, counted);
+            }
+        }
         if (best.kind == NOTHING) break;
         apply(s, &best);
         moves += best.cost;

@@ -148,7 +148,7 @@ static i64 spread(Layer *s, i64 budget) {
     for (i64 want = 2; want <= s->need; want++) {
         i64 listed = 0;
         i32 *list = s->list;
-        sort_descending(s->weight, s->order, E);
+        sort_descending(s->weight, s->sorted, s->order, E);
         for (i64 i = 0; i < E; i++)
             if (num_domains(s, s->order[i], -1, -1) < want) list[listed++] = s->order[i];
         for (i64 li = 0; li < listed && moves < budget; li++) {

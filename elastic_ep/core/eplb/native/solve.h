@@ -17,7 +17,8 @@
 #define SPREADS 4
 #define PUSHES 8
 #define PUSH_TRIES 8
-#define CHECK_ROUNDS 16  /* rounds of pouring that tell whether quotas level a row */
+#define CHECK_ROUNDS 16  /* rounds of pouring that tell whether quotas level a row, */
+#define CHECK_STILL 3e-4 /* or until no part of an expert changes by more than this part of the goal */
 
 typedef struct {
     double tolerance;       /* rows within this part of the goal are left alone */
@@ -97,15 +98,14 @@ static void shake(Layer *s, double target, double floor) {
     take_row(s, s->row);
 }
 
+/* With counts as `solve_layer` left them. */
 static void solve_fresh(Layer *s, double goal, const Limits *limits) {
     double target = goal * (1.0 + limits->fresh_tolerance), floor = goal * FRESH_FLOOR;
-    replica_counts(s, s->need);
     reset(s);
     pack(s);
     if (s->need > 1) {
         spread(s, UNLIMITED);
         if (s->is_feasible && count_short(s)) {
-            replica_counts(s, s->need);
             reset(s);
             pack_by_domains(s);
         }
@@ -224,7 +224,7 @@ static void align(Layer *s) {
 /* Whether quotas bring every rank to `enough` or less. */
 static int can_quotas_level(const Layer *s, Pour *p, double goal, double enough) {
     pour_evenly(p, s->weight, s->place);
-    pour_all(p, s->weight, CHECK_ROUNDS, goal * 1e-6, enough);
+    pour_all(p, s->weight, CHECK_ROUNDS, goal * CHECK_STILL, enough);
     for (i64 r = 0; r < s->num_ranks; r++)
         if (p->load[r] > enough) return 0;
     return 1;

@@ -175,7 +175,7 @@ class Layer:
         partners."""
         if self.need <= 1:
             return True
-        if self.num_domains(expert, rank, to) < min(self.need, self.num_domains(expert)):
+        if self.num_domains(expert, rank, to) < self.num_domains(expert):
             return False
         if len(self.hosts[expert]) > self.need:
             return True

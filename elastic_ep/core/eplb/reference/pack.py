@@ -60,15 +60,17 @@ class Packer:
         layer = self.layer
         return [r for r in layer.live if self.room[r] and r not in layer.hosts[expert] and layer.domain[r] not in taken]
 
+    def pick_lightest(self, expert: int, taken: set[int]) -> int:
+        """The least loaded rank that is open and in no taken domain; -1 if there is none."""
+        return min(self.open_ranks(expert, taken), key=lambda r: (self.layer.load[r], r), default=-1)
+
     def pick_partner(self, home: int, expert: int, taken: set[int]) -> int:
-        """A partner of rank ``home`` in a new domain, or any rank in one: the least loaded, counting what falls to it when ``home``'s
-        domain is lost. -1 if there is none."""
-        layer = self.layer
-        ranks = self.open_ranks(expert, taken)
-        partners = [r for r in ranks if r in layer.partners[home]]
-        if partners:
-            return min(partners, key=lambda r: (layer.load[r] + self._forced(home, r), r))
-        return min(ranks, key=lambda r: (layer.load[r], r), default=-1)
+        """The same among partners of rank ``home``, counting what falls to them when ``home``'s domain is lost; any rank if none is
+        open."""
+        partners = [r for r in self.open_ranks(expert, taken) if r in self.layer.partners[home]]
+        if not partners:
+            return self.pick_lightest(expert, taken)
+        return min(partners, key=lambda r: (self.layer.load[r] + self._forced(home, r), r))
 
     def _forced(self, home: int, rank: int) -> float:
         there, here = self._bond_with(rank, self.layer.domain[home]), self._bond_with(home, self.layer.domain[rank])
@@ -88,15 +90,18 @@ class Packer:
 
 
 def pack(layer: Layer, counts: Counts) -> None:
-    """Fill an empty row: heaviest first, each replica to the least loaded rank that may take it; the second and later of the first
-    ``need`` to partners of the first, in new failure domains."""
+    """Fill an empty row: heaviest first, each replica to the least loaded rank that may take it. Where distinct domains are needed, the
+    second and later of the first ``need`` go to partners of the first, and all to new domains while there are any."""
     packer = Packer(layer, counts)
     for expert in descending(counts.key):
         home, taken, want = -1, set[int](), counts.counts[expert]
         for index in range(want):
-            rank = packer.pick_partner(home, expert, taken) if 0 < index < layer.need else -1
+            rank = -1
+            if index > 0 and layer.need > 1:
+                pick_partner = index < layer.need
+                rank = packer.pick_partner(home, expert, taken) if pick_partner else packer.pick_lightest(expert, taken)
             if rank < 0:
-                rank = min(packer.open_ranks(expert, set()), key=lambda r: (layer.load[r], r), default=-1)
+                rank = packer.pick_lightest(expert, set())
             if rank < 0:
                 break
             packer.put(expert, rank)
@@ -104,8 +109,7 @@ def pack(layer: Layer, counts: Counts) -> None:
                 home = rank
             elif want == 2 and layer.need == 2:
                 packer.add_bond(home, rank, layer.weight[expert])
-            if index < layer.need:
-                taken.add(layer.domain[rank])
+            taken.add(layer.domain[rank])
     layer.settle()
 
 
@@ -129,7 +133,7 @@ def pack_by_domains(layer: Layer, counts: Counts) -> None:
             room[layer.domain[rank]] -= 1
     for expert in order:
         for _ in range(counts.counts[expert] - layer.need):
-            rank = min(packer.open_ranks(expert, set()), key=lambda r: (layer.load[r], r), default=-1)
+            rank = packer.pick_lightest(expert, set())
             if rank < 0:
                 break
             packer.put(expert, rank)

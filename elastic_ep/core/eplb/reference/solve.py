@@ -17,7 +17,9 @@ FRESH_FLOOR, HELD_FLOOR = 1e-4, 1e-3
 """least gain of a step, as a part of the goal: from nothing, and where slots hold something"""
 SHAKE_SLOTS, SHAKE_WORK = 128, 1024
 """rows of more slots are not shaken; slots times shakes"""
-SPREADS, PUSHES, PUSH_TRIES, CHECK_ROUNDS = 4, 8, 8, 16
+SPREADS, PUSHES, PUSH_TRIES = 4, 8, 8
+CHECK_ROUNDS, CHECK_STILL = 16, 3e-4
+"""rounds of pouring that tell whether quotas level a row, or until no part of an expert changes by more than this part of the goal"""
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def align(layer: Layer) -> list[int]:
 def can_quotas_level(layer: Layer, goal: float, enough: float) -> bool:
     """Whether quotas bring every rank to ``enough`` or less."""
     water = Pour(layer.weight, layer.place, layer.rank_of_slot, layer.num_ranks)
-    water.pour_all(CHECK_ROUNDS, goal * 1e-6, enough)
+    water.pour_all(CHECK_ROUNDS, goal * CHECK_STILL, enough)
     return max(water.load) <= enough
 
 
