@@ -42,7 +42,9 @@ def as_load(load: Any) -> NDArray[np.float64]:
             f"expert load of layer {layer}, expert {expert} is {array[layer, expert]}; loads are finite and 0 or more "
             f"({int(bad.sum())} bad entries; drop the snapshot or count again)"
         )
-    if array.size and array.sum(axis=1).max() == np.inf:
+    with np.errstate(over="ignore"):
+        totals = array.sum(axis=1)
+    if np.isinf(totals).any():
         raise InvalidInputError("the loads of a layer add up to infinity; scale them down")
     return array
 
