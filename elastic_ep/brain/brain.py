@@ -40,7 +40,7 @@ from elastic_ep.brain.settings import BrainSettings
 from elastic_ep.brain.state import BrainState, Transaction
 from elastic_ep.core.recovery import Phase
 
-_MAX_EXTENSIONS = 8
+MAX_EXTENSIONS = 2
 
 
 class Brain:
@@ -76,7 +76,7 @@ class Brain:
                     seat.probed_at, seat.seen_running = None, now
                     state.silence_check_at = min(state.silence_check_at, now + state.settings.heartbeat_timeout_s)
             case Planned() if event.change is not None:
-                changes.on_planned(state, event)
+                changes.on_planned(state, event, now)
             case Planned():
                 epochs.on_planned(state, event, now)
             case StopRequested():
@@ -90,6 +90,8 @@ class Brain:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
         times = [state.boot_deadline, state.fence_deadline, state.silence_check_at]
+        if state.change:
+            times.append(state.change.deadline)
         times += [t for seat in state.seats for t in (seat.restart_at, seat.start_deadline) if t is not None]
         for transaction in (state.step, state.install):
             if transaction:
@@ -180,6 +182,7 @@ class Brain:
     def _on_time(self, now: float) -> None:
         state = self.state
         changes.start_seats(state, now)
+        changes.check_deadline(state, now)
         if state.silence_check_at <= now:
             self._check_silence(now)
         if state.boot_deadline is not None and state.boot_deadline <= now:
@@ -203,10 +206,10 @@ class Brain:
             return
         waited = now - transaction.started
         silent = transaction.pending - set(transaction.accusations)
-        if silent == set(state.membership.ranks) and transaction.extensions < _MAX_EXTENSIONS:
+        if silent == set(state.membership.ranks) and transaction.extensions < MAX_EXTENSIONS:
             # Nobody finished and nobody complains: the whole group is slow. Giving up every rank would help no one.
             transaction.extensions += 1
-            transaction.deadline = now + waited
+            transaction.deadline = now + waited / transaction.extensions
             state.publish("slow", what=what, number=transaction.number, seconds=round(waited, 3))
             return
         for rank in sorted(silent or transaction.pending):

@@ -17,6 +17,7 @@ def start_seats(state: BrainState, now: float) -> None:
         if seat.restart_at is not None and seat.restart_at <= now:
             seat.restart_at = None
             seat.incarnation += 1
+            seat.pid, seat.host, seat.address = None, "", ""
             seat.move(SeatState.STARTING)
             seat.start_deadline = now + state.settings.boot_timeout_s
             state.publish("rank_starting", rank=seat.rank, incarnation=seat.incarnation)
@@ -41,7 +42,7 @@ def consider(state: BrainState, now: float) -> None:
     state.out.append(MakePlan(state.membership.epoch, active, state.change.number))
 
 
-def on_planned(state: BrainState, event: Planned) -> None:
+def on_planned(state: BrainState, event: Planned, now: float) -> None:
     """Have everything that the plan moves staged on its rank."""
     change = state.change
     if change is None or event.change != change.number or event.epoch != state.membership.epoch:
@@ -56,6 +57,7 @@ def on_planned(state: BrainState, event: Planned) -> None:
     change.pending = set(orders)
     change.is_due = not orders
     rate = state.settings.stage_bytes_per_s
+    change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
     state.between_steps += [Send(rank, Stage(change.number, tuple(loads), rate)) for rank, loads in sorted(orders.items())]
     state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(event.plan.loads))
 
@@ -79,6 +81,16 @@ def on_stage_failed(state: BrainState, seat: Seat, message: StageFailed, now: fl
     else:
         state.publish("change_failed", change=change.number, rank=seat.rank, error=message.error)
         state.change = None
+
+
+def check_deadline(state: BrainState, now: float) -> None:
+    """A rank whose background reading hangs could not recover anything either: give it up."""
+    change = state.change
+    if change is None or change.deadline is None or change.deadline > now:
+        return
+    change.deadline = None
+    for rank in sorted(change.pending):
+        members.fail(state, rank, FailureCause.WEDGED, f"change {change.number} not staged after {now - change.started:.1f} s", now)
 
 
 def switch(state: BrainState, now: float) -> None:

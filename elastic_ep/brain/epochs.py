@@ -36,6 +36,7 @@ def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
     orders: dict[int, list[LoadOrder]] = {rank: [] for rank in ranks}
     for layer, slot, expert in plan.loads:
         orders[int(topology.rank_of_slot[slot])].append(LoadOrder(layer, slot, expert))
+        state.contents.forget(layer, slot)
     peers = {rank: state.seats[rank].address for rank in ranks}
     patience = state.settings.install_deadline_s(max(map(len, orders.values())))
     state.install = Transaction(state.membership.epoch, set(ranks), now, now + patience)
@@ -82,10 +83,13 @@ def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) 
     if state.install.pending:
         return
     state.install = None
+    assert state.plan is not None
+    assert not state.contents.mismatches(state.plan.placement), "a member does not hold what the placement says"
     for rank in state.membership.ranks:
         if state.seats[rank].state is SeatState.READY:
             state.seats[rank].move(SeatState.ACTIVE)
             state.seats[rank].failed_starts = 0
+            state.seats[rank].member_since = now
     if state.record:
         state.record.moved = now
     state.group.apply(Trigger.INSTALLED, now=now, epoch=message.epoch, reason=f"{len(state.membership.ranks)} ranks installed")

@@ -53,14 +53,13 @@ def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: fl
         return
     drop_change(state)
     void(state)
+    if state.record is not None and state.record.tier is not Tier.REBALANCE:
+        state.record.restart(rank, cause.value)
+    elif state.group.phase is not Phase.BOOTING:
+        state.record = RecoveryRecord(cause.value, [rank], last_sign=last_sign, detected=now)
     if not any(s.is_alive and is_member(state, s.rank) for s in state.seats):
         _lose_all(state, seat, now)
         return
-    if state.group.phase is not Phase.BOOTING:
-        if state.record is None or state.record.tier is Tier.REBALANCE:
-            state.record = RecoveryRecord(cause.value, [rank], last_sign=last_sign, detected=now)
-        else:
-            state.record.restart(rank, cause.value)
     state.group.apply(Trigger.RANK_FAILED, now=now, epoch=state.membership.epoch, reason=f"rank {rank} {seat.failure}")
 
 
@@ -106,12 +105,15 @@ def on_fenced(state: BrainState, event: RankFenced, now: float) -> None:
 def bury(state: BrainState, seat: Seat, now: float) -> None:
     """Its place is empty now: forget what it held, move its requests, and perhaps start another process for the seat."""
     seat.move(SeatState.DEAD)
+    lived = 0.0 if seat.member_since is None else now - seat.member_since
+    seat.quick_deaths = 0 if lived >= state.settings.restart_reset_s else seat.quick_deaths + 1
+    seat.member_since = None
     state.contents.clear_rank(state.settings.topology, seat.rank)
     state.release[seat.rank] = []
     moved = state.requests.evict_rank(seat.rank)
     state.publish("rank_fenced", rank=seat.rank, requests_moved=len(moved))
     if may_restart(state, seat):
-        wait = state.settings.restart_backoff_s * 2**seat.failed_starts
+        wait = state.settings.restart_backoff_s * 2 ** min(max(0, seat.quick_deaths - 1), 16)
         seat.restart_at = now + min(wait, state.settings.restart_backoff_max_s)
     elif state.settings.restart and not state.stopping:
         reason = f"{seat.failed_starts} processes in a row failed before they were members; the last: {seat.failure}"
@@ -128,7 +130,8 @@ def after_fencing(state: BrainState, now: float) -> None:
     state.fence_deadline = None
     if state.group.phase is Phase.FENCING:
         state.group.apply(Trigger.FENCED, now=now, epoch=state.membership.epoch, reason="all failed ranks are harmless")
-        make_plan(state, tuple(int(s.is_alive and state.membership.is_active(s.rank)) for s in state.seats), now)
+        ready = (SeatState.READY, SeatState.ACTIVE)
+        make_plan(state, tuple(int(s.state in ready and state.membership.is_active(s.rank)) for s in state.seats), now)
     else:
         boot_if_ready(state, now)
 

@@ -55,6 +55,9 @@ class Seat:
     failure: str = ""
     failed_starts: int = 0
     """processes in a row that never became a member"""
+    quick_deaths: int = 0
+    """processes in a row that did not live long as a member; each makes the wait before the next longer"""
+    member_since: float | None = None
     restart_at: float | None = None
     start_deadline: float | None = None
     """when a process that was started again must have its dense weights"""

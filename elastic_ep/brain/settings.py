@@ -23,8 +23,9 @@ class BrainSettings:
         fence_timeout_s: a process that has not ended by then is shut out by its epoch alone.
         verdict_window_s: how long to collect accusations before judging, when the accused still seems alive.
         restart: whether a dead rank's seat gets a new process.
-        restart_backoff_s: wait before it, doubled with each process in a row that never became a member, up to `restart_backoff_max_s`.
-        restart_limit: so many of those in a row, and the seat stays empty.
+        restart_backoff_s: wait before it, doubled with each process in a row that was not a member for `restart_reset_s`, up to
+            `restart_backoff_max_s`.
+        restart_limit: so many in a row that never became a member, and the seat stays empty.
         stage_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         max_waiting: requests that may wait; one more is refused.
     """
@@ -44,9 +45,15 @@ class BrainSettings:
     restart: bool = False
     restart_backoff_s: float = 0.5
     restart_backoff_max_s: float = 30.0
+    restart_reset_s: float = 10.0
     restart_limit: int = 5
     stage_bytes_per_s: float = 0.0
     max_waiting: int = 1024
+
+    def stage_deadline_s(self, num_loads: int) -> float:
+        """For background loads of one rank: twice what its budget, or the slowest source, needs."""
+        rate = min(self.stage_bytes_per_s or self.load_bytes_per_s, self.load_bytes_per_s)
+        return self.install_timeout_s + 2 * num_loads * self.bytes_per_expert / rate
 
     def install_deadline_s(self, num_loads: int) -> float:
         return self.install_timeout_s + num_loads * self.bytes_per_expert / self.load_bytes_per_s

@@ -51,7 +51,7 @@ class Change:
     Attributes:
         joiners: seats that become members with it.
         active: the members after it.
-        pending: ranks that still stage.
+        pending: ranks that still stage; `deadline` is when they must have.
         is_due: all is staged; it is installed before the next step.
     """
 
@@ -60,6 +60,7 @@ class Change:
     joiners: tuple[int, ...]
     active: tuple[int, ...]
     started: float
+    deadline: float | None = None
     plan: GroupPlan | None = None
     pending: set[int] = field(default_factory=set)
     bytes_read: int = 0

@@ -20,8 +20,8 @@ def judge(accusations: Mapping[int, Mapping[int, str]], answered: Collection[int
 
     An accusation is an edge between two ranks that could not exchange. Edges at a dead rank are explained already. A missed deadline
     of a rank that has itself reported this step as failed is a consequence, not a cause, and counts only if nothing else is left.
-    Then, while edges are left, the rank on most of them goes; ties go to one that has not answered, then to the higher id. So a rank
-    that all others miss is given up, not its accusers; of two that miss each other, the silent one.
+    Then, while edges are left, the rank on most of them goes; ties go to one that has not answered, then to the one more accused, then
+    to the higher id. So a rank that all others miss is given up, not its accusers; of two that miss each other, the silent one.
 
     Args:
         accusations: accuser -> {accused: how}.
@@ -36,17 +36,18 @@ def judge(accusations: Mapping[int, Mapping[int, str]], answered: Collection[int
                 continue
             kind = consequences if how == DEADLINE and peer in answered else edges
             kind[min(accuser, peer), max(accuser, peer)] = how
-    return Verdict(_cover(edges or consequences, answered))
+    named = [peer for peers in accusations.values() for peer in peers]
+    return Verdict(_cover(edges or consequences, answered, named))
 
 
-def _cover(edges: dict[tuple[int, int], str], answered: Collection[int]) -> dict[int, str]:
+def _cover(edges: dict[tuple[int, int], str], answered: Collection[int], named: list[int]) -> dict[int, str]:
     guilty: dict[int, str] = {}
     while edges:
         degree: dict[int, int] = {}
         for a, b in edges:
             degree[a] = degree.get(a, 0) + 1
             degree[b] = degree.get(b, 0) + 1
-        worst = max(degree, key=lambda r: (degree[r], r not in answered, r))
+        worst = max(degree, key=lambda r: (degree[r], r not in answered, named.count(r), r))
         others = sorted((b if a == worst else a, how) for (a, b), how in edges.items() if worst in (a, b))
         guilty[worst] = ", ".join(f"rank {other}: {how}" for other, how in others)
         edges = {edge: how for edge, how in edges.items() if worst not in edge}

@@ -23,7 +23,7 @@ class InsufficientSlotsError(ElasticEPError):
         self.missing = num_logical_experts - num_live_slots
         super().__init__(
             f"{num_live_slots} live slots cannot hold {num_logical_experts} experts: {self.missing} missing per layer; "
-            f"add ranks or redundant experts, or serve degraded"
+            f"add ranks or redundant experts, or let the rest be streamed"
         )
 
 

@@ -116,6 +116,11 @@ class SlotContents:
         self.experts[layer, slot] = expert
         self.digests[layer, slot] = digest
 
+    def forget(self, layer: int, slot: int) -> None:
+        """A slot is about to be overwritten: until its load is reported, nobody knows what it holds."""
+        self.experts[layer, slot] = EMPTY
+        self.digests[layer, slot] = 0
+
     def clear_rank(self, topology: Topology, rank: int) -> None:
         """A rank died: whatever comes back in its seat starts with empty slots."""
         gone = topology.slots_of(rank)

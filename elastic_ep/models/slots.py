@@ -83,10 +83,10 @@ class ExpertSlots:
     def adopt(self, load: SlotLoad) -> int | None:
         """Put what was staged for the slot into it, without copying. Returns its digest, None if this expert was not staged for it."""
         layer, slot, expert = load
-        staged = self._staged.get((layer, slot))
+        staged = self._staged.pop((layer, slot), None)  # one step: the stager may be dropping everything just now
         if staged is None or staged[0] != expert:
             return None
-        _, memory, digest = self._staged.pop((layer, slot))
+        _, memory, digest = staged
         self._memory[layer][slot] = memory
         self._weights[layer][slot] = self._as_weights(memory)
         self._held[layer][slot] = expert

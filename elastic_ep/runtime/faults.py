@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from elastic_ep.core.errors import InvalidInputError
 
-POINTS = ("dense_loaded", "install_begin", "load_expert", "install_end", "step_begin", "step_end")
+POINTS = ("dense_loaded", "install_begin", "load_expert", "install_end", "stage_expert", "step_begin", "step_end")
 
 
 class FaultAction(enum.Enum):
@@ -38,6 +38,8 @@ class Fault:
     def __post_init__(self) -> None:
         if self.point not in POINTS:
             raise InvalidInputError(f"unknown fault point {self.point!r}; known: {', '.join(POINTS)}")
+        if self.nth < 1:
+            raise InvalidInputError(f"fault at {self.point!r} is to happen the {self.nth}th time; give 1 or more")
 
 
 def parse_fault(point: str, action: str, nth: int) -> Fault:

@@ -92,7 +92,7 @@ class Rank:
         """Load, then obey until told to stop. Returns the exit status."""
         started = time.monotonic()
         self.engine.load_dense()
-        self.stager = Stager(self.engine.slots, self.config.first_slot, self.channel.send)
+        self.stager = Stager(self.engine.slots, self.config.first_slot, self.channel.send, self.faults)
         self.faults.reach("dense_loaded")
         self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
         while True:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from elastic_ep.brain.messages import Stage, Staged, StageFailed
 from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.engine import SlotLoad, Slots
+from elastic_ep.runtime.faults import FaultPlan
+
+_PATIENCE_S = 0.05
 
 
 class Stager:
@@ -19,10 +22,11 @@ class Stager:
         first_slot: physical id of this rank's slot 0.
     """
 
-    def __init__(self, slots: Slots, first_slot: int, send: Callable[[Staged | StageFailed], None]) -> None:
+    def __init__(self, slots: Slots, first_slot: int, send: Callable[[Staged | StageFailed], None], faults: FaultPlan) -> None:
         self._slots = slots
         self._first_slot = first_slot
         self._send = send
+        self._faults = faults
         self._orders: queue.Queue[Stage] = queue.Queue()
         self._latest = -1
         threading.Thread(target=self._run, name="stager", daemon=True).start()
@@ -50,14 +54,19 @@ class Stager:
                 except OSError:
                     return  # the controller is gone; the process is ending
 
+    def _wait_until(self, when: float, stage: Stage) -> None:
+        """Keep to the budget, but not past the end of the order."""
+        while (left := when - time.monotonic()) > 0 and self._latest == stage.change:
+            time.sleep(min(left, _PATIENCE_S))
+
     def _stage(self, stage: Stage) -> Staged | None:
         self._slots.drop_staged()
         started, num_bytes = time.monotonic(), 0
         for load in stage.loads:
             if self._latest != stage.change:
                 return None
+            self._faults.reach("stage_expert")
             num_bytes += self._slots.stage(SlotLoad(load.layer, load.slot - self._first_slot, load.expert))
             if stage.bytes_per_s > 0:
-                ahead = num_bytes / stage.bytes_per_s - (time.monotonic() - started)
-                time.sleep(max(0.0, ahead))
+                self._wait_until(started + num_bytes / stage.bytes_per_s, stage)
         return Staged(stage.change, num_bytes)

@@ -61,6 +61,10 @@ class ServeConfig:
     faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.ep_size < 1:
+            raise InvalidInputError(f"--ep-size is {self.ep_size}; give at least 1")
+        if not 0 <= self.rebalance_bytes_per_s < float("inf"):
+            raise InvalidInputError(f"--rebalance-bytes-per-second is {self.rebalance_bytes_per_s:g}; give 0 (no limit) or more")
         at_least_one = ("kv_tokens", "max_sequences", "max_batch_tokens", "prefill_chunk", "max_waiting")
         for name, value in ((name, getattr(self, name)) for name in at_least_one):
             if value < 1:
@@ -81,8 +85,6 @@ class ServeConfig:
 
     def topology(self, num_experts: int) -> Topology:
         """Slots evenly over the ranks: E + redundant, rounded up to a multiple of the ranks."""
-        if self.ep_size < 1:
-            raise InvalidInputError(f"--ep-size is {self.ep_size}; give at least 1")
         if self.ep_size > num_experts:
             raise InvalidInputError(f"--ep-size is {self.ep_size}, more than the model's {num_experts} experts; give at most {num_experts}")
         if self.num_redundant_experts < 0:
@@ -98,7 +100,7 @@ class ServeConfig:
 
     def model_len(self, spec: ModelSpec) -> int:
         """Longest prompt + completion: what the model, the KV and `--max-model-len` allow."""
-        limit = min(spec.max_positions, self.kv_tokens)
+        limit = min(spec.max_positions, self.limits().kv_tokens)
         if self.max_model_len is None:
             return limit
         if not 1 <= self.max_model_len <= limit:
@@ -109,7 +111,10 @@ class ServeConfig:
         return self.max_model_len
 
     def limits(self) -> SchedulerLimits:
-        return SchedulerLimits(self.kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, kernels().TILE)
+        """KV in whole pages, as the engine has it."""
+        page: int = kernels().TILE
+        kv_tokens = -(-self.kv_tokens // page) * page
+        return SchedulerLimits(kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, page)
 
     def brain_settings(self, spec: ModelSpec) -> BrainSettings:
         return BrainSettings(

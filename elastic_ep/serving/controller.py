@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.events import FailureCause, GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import Hello, RankMessage
 from elastic_ep.core.errors import InsufficientSlotsError
+from elastic_ep.core.recovery import Phase
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess
@@ -38,6 +40,15 @@ SHUTDOWN_TIMEOUT_S = 5.0
 EXIT_GRACE_S = 0.005
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
+RUN_DIR_PREFIX = "elastic-ep-"
+
+
+def remove_stale_run_dirs() -> None:
+    """What controllers left behind that were killed: the folder's name has the process id."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{RUN_DIR_PREFIX}[0-9]*-*"):
+        pid = folder.name.removeprefix(RUN_DIR_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Controller:
@@ -57,6 +68,8 @@ class Controller:
         self._token = secrets.token_hex(16)
         self._links: dict[tuple[int, int], RankLink] = {}
         self._processes: dict[tuple[int, int], LocalProcess] = {}
+        self._unreported: set[tuple[int, int]] = set()
+        """processes asked for, of which the launcher has said nothing yet"""
         self._streams: dict[str, RequestStream] = {}
         self._queue: deque[ev.Event] = deque()
         self._draining = False
@@ -66,7 +79,11 @@ class Controller:
     # ---- life
 
     async def __aenter__(self) -> Controller:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -77,7 +94,8 @@ class Controller:
         self._loop = asyncio.get_running_loop()
         self.stopped = asyncio.Event()
         self.serving = asyncio.Event()
-        self._run_dir = Path(tempfile.mkdtemp(prefix="elastic-ep-"))
+        remove_stale_run_dirs()
+        self._run_dir = Path(tempfile.mkdtemp(prefix=f"{RUN_DIR_PREFIX}{os.getpid()}-"))
         control = self._run_dir / "control.sock"
         self._control = f"unix:{control}"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
@@ -98,6 +116,7 @@ class Controller:
     def _start_rank(self, rank: int, incarnation: int) -> None:
         if not self._launcher.is_running:
             self._start_launcher()
+        self._unreported.add((rank, incarnation))
         self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
@@ -167,9 +186,15 @@ class Controller:
             while self._queue:
                 for command in self.brain.handle(self._queue.popleft(), time.monotonic()):
                     self._execute(command)
+            self._set_timer()
+        except Exception as error:
+            # Our own bug. It must not reach the transport that brought the event: a closed channel would be taken for a dead rank.
+            log.critical("the controller failed; what led to it:\n%s", "\n".join(self.brain.state.group.story()), exc_info=True)
+            self._queue.clear()
+            self.error = self.error or f"the controller failed: {type(error).__name__}: {error}"
+            self.stopped.set()
         finally:
             self._draining = False
-        self._set_timer()
 
     def _set_timer(self) -> None:
         due = self.brain.next_deadline()
@@ -258,6 +283,7 @@ class Controller:
 
     def _on_process_event(self, event: ProcessEvent) -> None:
         key = (event.rank, event.incarnation)
+        self._unreported.discard(key)
         if event.kind == "spawned":
             process = LocalProcess(event.pid, self._loop, lambda: self._on_exit(*key))
             self._processes[key] = process
@@ -279,6 +305,9 @@ class Controller:
 
     def _on_launcher_lost(self) -> None:
         if not self.stopped.is_set():
+            for key in sorted(self._unreported):
+                self._loop.call_soon(self._fail, *key, FailureCause.EXITED, "the launcher ended before it could start it")
+            self._unreported.clear()
             log.error("the launcher process ended; ranks go on, their stops are noticed by silence; the next restart starts another")
 
     def _fence(self, rank: int, incarnation: int) -> None:
@@ -342,7 +371,7 @@ class Controller:
 
     def health(self) -> tuple[bool, str]:
         refusal = self.brain.refusal()
-        if not self.serving.is_set():
+        if self.brain.state.group.phase is Phase.BOOTING or not self.serving.is_set():
             return False, "ranks are loading"
         if refusal is not None and refusal[0] == "unavailable":
             return False, refusal[1]

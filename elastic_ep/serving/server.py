@@ -62,6 +62,8 @@ def serve(config: ServeConfig, host: str, port: int, shutdown_timeout_s: float, 
 
     Raises InvalidInputError, CheckpointError before any process is started, ServerError when the ranks cannot be brought up.
     """
+    if not 0 <= shutdown_timeout_s < float("inf"):
+        raise InvalidInputError(f"--shutdown-timeout is {shutdown_timeout_s:g}; give 0 seconds or more")
     spec = inspect_checkpoint(config.checkpoint)
     config.brain_settings(spec)  # all values are checked before anything is started
     tokenizer = load_tokenizer(Path(config.checkpoint))

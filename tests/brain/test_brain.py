@@ -22,6 +22,8 @@ from elastic_ep.brain.messages import (
     StepFailed,
 )
 from elastic_ep.brain.scheduler import SchedulerLimits
+from elastic_ep.brain.seats import SeatState
+from elastic_ep.brain.verdict import judge
 from elastic_ep.core.recovery import Phase, Tier
 from tests.brain.harness import World, expected
 
@@ -507,3 +509,64 @@ def test_a_copy_with_another_digest_is_refused():
     assert world.brain.state.contents.experts[loaded[0].layer, loaded[0].slot] == -1
     world.settle()
     check_all(world)
+
+
+def test_a_failure_in_the_middle_of_an_install_forgets_what_is_being_overwritten():
+    """Slots that an Install overwrites hold nothing known until it is reported: the next plan must not count on what they held."""
+    world = World(ep_size=4, slots_per_rank=4).boot()
+    serve_all(world, 20)
+    world.kill(3)
+    world.settle_until(lambda: world.brain.state.group.phase is Phase.SERVING)
+    world.inbox.clear()
+    world.kill(2)
+    ordered = [(order.layer, order.slot) for _, m in world.inbox if isinstance(m, Install) for order in m.loads]
+    assert ordered
+    assert all(world.brain.state.contents.experts[layer, slot] == -1 for layer, slot in ordered)
+    world.kill(1)  # before anyone has answered
+    world.settle()
+    check_all(world, 20)
+    assert not world.brain.state.contents.mismatches(world.brain.state.plan.placement)
+
+
+def test_all_ranks_wedged_is_found_after_three_timeouts():
+    world = World(ep_size=1, slots_per_rank=8).boot()
+    world.submit("a", [1], 5)
+    world.wedged.add(0)
+    world.inbox.clear()
+    world.pass_time(29.0)
+    assert world.brain.state.seats[0].is_alive
+    world.pass_time(2.0)
+    assert world.brain.state.group.phase is Phase.DOWN
+
+
+def test_of_two_that_answered_the_accused_goes():
+    assert judge({3: {1: "closed"}}, answered={1, 3}, dead=[]).guilty == {1: "rank 3: closed"}
+    assert judge({1: {3: "closed"}}, answered={1, 3}, dead=[]).guilty == {3: "rank 1: closed"}
+
+
+def test_a_missed_deadline_of_one_that_reports_is_a_consequence():
+    accusations = {0: {2: "deadline"}, 1: {2: "deadline", 0: "deadline"}}
+    assert set(judge(accusations, answered={0, 1}, dead=[]).guilty) == {2}
+
+
+def test_the_record_of_a_total_loss_names_everyone():
+    world = World(ep_size=3, slots_per_rank=8, restart=True).boot()
+    serve_all(world, 20)
+    for rank in (0, 2, 1):
+        world.kill(rank)
+    world.pass_time(2.0)
+    world.settle()
+    check_all(world, 20)
+    assert world.brain.state.recoveries[0].ranks == [0, 2, 1]
+
+
+def test_a_seat_that_starts_is_no_member_of_a_recovery():
+    world = World(restart=True, restart_backoff_s=0.1).boot()
+    world.unfenceable = {2}
+    world.unstartable = {3}
+    world.kill(2)
+    world.kill(3)
+    world.pass_time(0.5)
+    assert world.brain.state.seats[3].state is SeatState.STARTING
+    world.feed(ev.RankFenced(2, 0))
+    assert world.brain.state.membership.ranks == (0, 1)

@@ -219,5 +219,17 @@ def test_random_schedules_with_restarts():
         assert (state.contents.experts == state.plan.placement.physical_to_logical_map).all()
 
 
+def test_background_reading_that_hangs_costs_its_rank():
+    world = restarting_world()
+    world.kill(2)
+    world.settle()
+    world.pass_time(0.6)
+    world.wedged.add(2)
+    world.settle()
+    assert world.brain.state.change.pending == {2}
+    world.pass_time(30.0)
+    assert any("not staged after" in str(c.data) for c in world.commands if isinstance(c, ev.Publish) and c.kind == "rank_failed")
+
+
 def test_expected_is_not_trivial():
     assert expected([1], 3) != expected([2], 3)

@@ -51,5 +51,5 @@ def test_status_is_read_at_each_scrape() -> None:
 
 def test_two_servers_do_not_mix() -> None:
     one, other = Metrics(), Metrics()
-    one.step_voided()
+    one.event("step_void", {"step": 1})
     assert samples(other)["void_steps_total",] == 0

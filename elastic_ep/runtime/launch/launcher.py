@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Launcher:
         self._argument = preload_argument
         self._on_event = on_event
         self._on_lost = on_lost
+        self._outbox: deque[bytes] = deque()
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -64,7 +66,23 @@ class Launcher:
         """Ask for a rank process running `target(config)` (`module:function`). A "spawned" event tells its pid."""
         assert self._sock is not None, "start() first"
         order = {"rank": rank, "incarnation": incarnation, "target": target, "config": config}
-        self._sock.send(json.dumps(order).encode())
+        self._outbox.append(json.dumps(order).encode())
+        self._write()
+
+    def _write(self) -> None:
+        """Send what fits. A zygote that is still importing reads nothing, and its socket is small."""
+        assert self._sock is not None
+        assert self._loop is not None
+        try:
+            while self._outbox:
+                self._sock.send(self._outbox[0])
+                self._outbox.popleft()
+        except BlockingIOError:
+            self._loop.add_writer(self._sock.fileno(), self._write)
+            return
+        except OSError:
+            pass  # it is gone, and the reader will say so
+        self._loop.remove_writer(self._sock.fileno())
 
     def _readable(self) -> None:
         assert self._sock is not None
@@ -87,16 +105,14 @@ class Launcher:
     def _forget(self) -> None:
         if self._sock is not None and self._loop is not None:
             self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
             self._sock = None
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """End the zygote. Its ranks are not touched."""
+    def close(self) -> None:
+        """End the zygote, whatever it is doing. Its ranks are not touched."""
         self._forget()
         if self._process is not None:
-            try:
-                self._process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            self._process.kill()
+            self._process.wait()
             self._process = None

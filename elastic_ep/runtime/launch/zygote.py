@@ -7,6 +7,7 @@ forks are sound. When the controller is gone it ends; ranks then end by themselv
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib
 import json
@@ -27,6 +28,14 @@ def resolve(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     return function
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Be killed when the controller is, also while importing. Forked ranks do not inherit it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Zygote:
@@ -53,7 +62,10 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
         gc.freeze()  # children share the pages of everything imported so far
-        self.send(event="ready")
+        try:
+            self.send(event="ready")
+        except OSError:
+            return  # the controller is gone
         poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         poll.register(self.wake_r, select.POLLIN)
@@ -118,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preload", required=True, metavar="MODULE:FUNCTION", help="called once, before the first fork")
     parser.add_argument("--preload-argument", default="")
     options = parser.parse_args(argv)
+    end_with_parent()
     resolve(options.preload)(options.preload_argument)
     Zygote(socket.socket(fileno=options.fd)).serve()
 
