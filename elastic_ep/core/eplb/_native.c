@@ -1,7 +1,7 @@
 /* The solver's inner loops, compiled. reference/ is the same in Python, file by file; both give the very same results.
  *
- * All choices are by (criterion, lowest index). Floating-point operations are written in the order in which the reference does them,
- * and the build forbids contraction. Nothing here depends on the platform, a clock or a random source.
+ * All choices are by (criterion, lowest index). Floating-point operations are written in the order in which the reference
+ * does them, and the build forbids contraction. Nothing here depends on the platform, a clock or a random source.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -111,14 +111,16 @@ static void release(Py_buffer *first, int n) {
 /* Whether the buffers have the sizes that the loops will touch. */
 static int are_sizes_right(const Buffers *b, i64 L, i64 E, i64 P, i64 R, int has_held, int has_limits) {
     i64 n = (i64)sizeof(i64);
-    return b->load.len == L * E * n && (!has_held || b->held.len == L * P * n) && b->rank_of_slot.len == P * n && b->alive.len == R &&
-           b->domain.len == R * n && b->partner_start.len == (R + 1) * n &&
+    return b->load.len == L * E * n && (!has_held || b->held.len == L * P * n) && b->rank_of_slot.len == P * n &&
+           b->alive.len == R && b->domain.len == R * n && b->partner_start.len == (R + 1) * n &&
            b->partner.len >= ((const i64 *)b->partner_start.buf)[R] * n && (!has_limits || b->limits.len == L * 3 * n) &&
            b->rows.len == L * P * n && b->reference.len == L * P * n && b->covers.len == L * P && b->peak.len == L * n &&
            b->bound.len == L * n && b->stats.len == L * NUM_STATS * n && b->trace_moves.len == b->trace_peak.len;
 }
 
-static i64 solve_all(Layer *s, Pour *p, Saved *saved, Limits *limits, const Buffers *b, i64 num_layers, int has_held, int has_limits) {
+/* Every layer into the output buffers. Returns -1, or the layer that failed. */
+static i64 solve_all(Layer *s, Pour *p, Saved *saved, Limits *limits, const Buffers *b, i64 num_layers, int has_held,
+                     int has_limits) {
     i64 E = s->num_experts, P = s->num_slots, room = b->trace_moves.len / (i64)sizeof(i64) / (num_layers > 0 ? num_layers : 1);
     for (i64 l = 0; l < num_layers; l++) {
         const i64 *most = (const i64 *)b->limits.buf + 3 * l;
@@ -171,7 +173,8 @@ static PyObject *py_solve(PyObject *self, PyObject *args) {
     s.domain = b.domain.buf;
     s.partner_start = b.partner_start.buf;
     s.partner = b.partner.buf;
-    for (i64 t = 0; t < P; t++) s.num_live += s.alive[s.rank_of_slot[t]] && (t == 0 || s.rank_of_slot[t] != s.rank_of_slot[t - 1]);
+    for (i64 t = 0; t < P; t++)
+        s.num_live += s.alive[s.rank_of_slot[t]] && (t == 0 || s.rank_of_slot[t] != s.rank_of_slot[t - 1]);
     Pour p = {E, P, R, s.rank_of_slot, NULL, NULL, NULL, NULL, NULL};
     char *memory = malloc(lay_out(&s, NULL) + lay_out_pour(&p, NULL) + lay_out_saved(&saved, &s, NULL) + 64);
     i64 failed;
@@ -199,7 +202,8 @@ static PyObject *py_quota_units(PyObject *self, PyObject *args) {
     double still;
     (void)self;
     memset(b, 0, sizeof b);
-    if (!PyArg_ParseTuple(args, "nnnnnndy*y*y*w*", &L, &E, &P, &R, &rounds, &units, &still, &b[0], &b[1], &b[2], &b[3])) return NULL;
+    if (!PyArg_ParseTuple(args, "nnnnnndy*y*y*w*", &L, &E, &P, &R, &rounds, &units, &still, &b[0], &b[1], &b[2], &b[3]))
+        return NULL;
     i64 n = (i64)sizeof(i64);
     Pour p = {E, P, R, b[2].buf, NULL, NULL, NULL, NULL, NULL};
     char *memory = NULL;

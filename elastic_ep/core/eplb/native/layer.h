@@ -23,25 +23,27 @@ typedef struct {
     i32 index;
 } Keyed;
 
-/* A slot of the peak rank while steps are sought: whether its expert may go to the rank in question, whether it differs from before. */
+/* A slot of the peak rank while steps are sought: whether its expert may go to the rank in question, whether it differs
+ * from before. */
 typedef struct {
     i32 slot, expert;
     double share, more;
     u8 may_go, is_touched;
 } Mine;
 
-/* What all layers share, the state of the layer in work, and room to work in. E experts, P slots, R ranks, D = R domains at most. */
+/* What all layers share, the state of the layer in work, and room to work in. E experts, P slots, R ranks, D = R domains
+ * at most. */
 typedef struct {
     i64 num_experts, num_slots, num_ranks, need;
     const i64 *rank_of_slot;                  /* [P], ascending */
     const i64 *domain;                        /* [R], failure domain of a rank */
-    const i64 *partner_start, *partner;       /* partners of rank r: partner[partner_start[r]] .. partner[partner_start[r + 1] - 1] */
+    const i64 *partner_start, *partner;       /* partners of rank r: from partner_start[r] to before partner_start[r + 1] */
     const u8 *alive;                          /* [R] */
     const double *weight;                     /* [E], load of an expert */
 
     i64 num_live, live_slots;
     int is_feasible;                          /* whether all experts can have `need` distinct domains */
-    i32 *live, *live_index;                   /* [R] ranks that are alive and have slots, ascending; where a rank is in it, or -1 */
+    i32 *live, *live_index;                   /* [R] ranks that are alive and have slots, ascending; where a rank is in it */
     i32 *first, *last;                        /* [R] the slots of a rank are first .. last - 1 */
     u8 *paired;                               /* [R, R] whether two ranks are partners */
 
@@ -201,7 +203,8 @@ static int may_drop(Layer *s, i64 e, i64 rank) {
     return num_domains(s, e, rank, -1) >= (has < s->need ? has : s->need);
 }
 
-/* Whether a replica may go from one rank to another: it keeps its distinct domains, and, where it has no replica to spare, partners. */
+/* Whether a replica may go from one rank to another: it keeps its distinct domains, and, where it has no replica to spare,
+ * partners. */
 static int may_shift(Layer *s, i64 e, i64 from, i64 to) {
     if (s->need <= 1) return 1;
     i64 has = num_domains(s, e, -1, -1);

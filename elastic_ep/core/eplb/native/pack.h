@@ -97,8 +97,8 @@ static void heap_down(const Layer *s, i32 *heap, i64 n, i64 i) {
     heap[i] = item;
 }
 
-/* Replicas of each expert into `counts`, the load of one into `key`: first `need` of each as far as slots reach, heaviest first, then
- * one at a time to the expert whose replicas carry most. */
+/* Replicas of each expert into `counts`, the load of one into `key`: first `need` of each as far as slots reach, heaviest
+ * first, then one at a time to the expert whose replicas carry most. */
 static void replica_counts(Layer *s, i64 need) {
     i64 E = s->num_experts, spare = s->live_slots - E, most = s->num_live, n = 0;
     i64 levels = need < most ? need : most;
@@ -152,7 +152,8 @@ static void add_bond(Layer *s, i64 a, i64 b, double w) {
         if (s->partner[i] == a) s->bond[i] += w;
 }
 
-/* Whether the live rank at `at` has room and may take a replica of e in a new failure domain (those stamped with `tick` are taken). */
+/* Whether the live rank at `at` has room and may take a replica of e in a new failure domain (those stamped with `tick`
+ * are taken). */
 static inline int is_open(const Layer *s, i64 at, i64 e, i64 tick) {
     i64 r = s->live[at];
     return s->near[at] < s->last[r] && !s->on[e * s->num_ranks + r] && s->stamp[s->domain[r]] != tick;
@@ -170,7 +171,8 @@ static i64 pick_elsewhere(const Layer *s, i64 e, i64 tick) {
     return best;
 }
 
-/* The same among partners of rank `home`, counting what falls to them when `home`'s domain is lost; any rank if none is open. */
+/* The same among partners of rank `home`, counting what falls to them when `home`'s domain is lost; any rank if none is
+ * open. */
 static i64 pick_partner(const Layer *s, i64 home, i64 e, i64 tick) {
     i64 best = -1;
     double top = INFINITY;
@@ -184,8 +186,9 @@ static i64 pick_partner(const Layer *s, i64 home, i64 e, i64 tick) {
     return best >= 0 ? best : pick_elsewhere(s, e, tick);
 }
 
-/* Fill an empty row with `counts` (loads in `key`): heaviest first, each replica to the least loaded rank that may take it. Where distinct
- * domains are needed, the second and later of the first `need` go to partners of the first, and all to new domains while there are any. */
+/* Fill an empty row with `counts` (loads in `key`): heaviest first, each replica to the least loaded rank that may take
+ * it. Where distinct domains are needed, the second and later of the first `need` go to partners of the first, and all to
+ * new domains while there are any. */
 static void pack(Layer *s) {
     i64 E = s->num_experts;
     i32 *free_slot = s->near; /* next empty slot of the i-th live rank */
@@ -223,8 +226,9 @@ static void pack(Layer *s) {
     settle(s);
 }
 
-/* The same, with the first `need` replicas of all experts placed before any other, each in the domains with most room left. That finds
- * distinct domains for all whenever there are any (Gale and Ryser), where `pack` may paint itself into a corner. */
+/* The same, with the first `need` replicas of all experts placed before any other, each in the domains with most room
+ * left. That finds distinct domains for all whenever there are any (Gale and Ryser), where `pack` may paint itself into a
+ * corner. */
 static void pack_by_domains(Layer *s) {
     i64 E = s->num_experts, R = s->num_ranks;
     i32 *free_slot = s->near;

@@ -79,8 +79,8 @@ static void pour_all(Pour *p, const double *weight, i64 rounds, double still, do
     }
 }
 
-/* Whole numbers near units * part / sum of parts (even ones if there is none) that add up to `units`; the remainder goes to the largest
- * fractions, the first among equals. */
+/* Whole numbers near units * part / sum of parts (even ones if there is none) that add up to `units`; the remainder goes
+ * to the largest fractions, the first among equals. */
 static void to_units(Pour *p, i64 e, i64 units, i64 *out) {
     i32 *held = p->slots + p->start[e];
     i64 n = p->start[e + 1] - p->start[e], rest = units;
@@ -106,7 +106,8 @@ static void to_units(Pour *p, i64 e, i64 units, i64 *out) {
 }
 
 /* Units of every slot of a row (0 where it holds nothing); `row` is room for it. */
-static void quota_layer(Pour *p, const double *weight, const i64 *given, i32 *row, i64 rounds, double still, i64 units, i64 *out) {
+static void quota_layer(Pour *p, const double *weight, const i64 *given, i32 *row, i64 rounds, double still, i64 units,
+                        i64 *out) {
     double total = 0.0;
     for (i64 e = 0; e < p->num_experts; e++) total += weight[e];
     for (i64 t = 0; t < p->num_slots; t++) {

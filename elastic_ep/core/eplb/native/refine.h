@@ -127,7 +127,8 @@ static void offer_recovering(Layer *s, Step *best, i64 m, double target, double 
             if (s->on[e * R + j]) continue;
             for (i64 b = s->first[j]; b < s->last[j]; b++) {
                 i64 vb = s->place[b];
-                if (vb == FREE || vb == v || s->covers[b] || vb != s->origin[b] || s->spare[vb] <= 1 || !may_drop(s, vb, j)) continue;
+                if (vb == FREE || vb == v || s->covers[b] || vb != s->origin[b] || s->spare[vb] <= 1) continue;
+                if (!may_drop(s, vb, j)) continue;
                 if (s->need > 1 && !may_shift(s, e, m, j)) continue;
                 double after = s->load[j] - s->share[vb] + ue, without = peak_without(s, b);
                 if (mine > after) after = mine;
@@ -185,7 +186,9 @@ static i64 select_lightest(Layer *s, i64 m) {
     return n;
 }
 
-static inline int is_lighter(const Layer *s, i32 a, i32 b) { return s->load[a] < s->load[b] || (s->load[a] == s->load[b] && a < b); }
+static inline int is_lighter(const Layer *s, i32 a, i32 b) {
+    return s->load[a] < s->load[b] || (s->load[a] == s->load[b] && a < b);
+}
 
 static void sift_down(const Layer *s, i32 *heap, i64 n, i64 i) {
     i32 item = heap[i];
@@ -218,8 +221,8 @@ static i64 pop_lightest(Layer *s, i64 *n) {
 
 /* ---- */
 
-/* Lower the peak until it is at most `target`, by steps that gain more than `floor`. `counted` steps are priced by the slots that they
- * change and may re-cover lost experts; others all cost one. Returns the moves made. */
+/* Lower the peak until it is at most `target`, by steps that gain more than `floor`. `counted` steps are priced by the
+ * slots that they change and may re-cover lost experts; others all cost one. Returns the moves made. */
 static i64 refine(Layer *s, double target, i64 budget, double floor, int counted, Trace *trace) {
     i64 moves = 0, max_steps = 16 * s->num_live + 64;
     for (i64 n = 0; n < max_steps; n++) {

@@ -1,4 +1,5 @@
-/* What a row lacks: lost experts, distinct failure domains, partners, and use for empty slots. Mirrors reference/repair.py. */
+/* What a row lacks: lost experts, distinct failure domains, partners, and use for empty slots. Mirrors
+ * reference/repair.py. */
 
 #ifndef ELASTIC_EP_REPAIR_H
 #define ELASTIC_EP_REPAIR_H
@@ -21,8 +22,8 @@ static i64 list_lost(Layer *s) {
     return n;
 }
 
-/* Where a lost expert raises the peak least: in an empty slot before others, and in that of an expert with a replica to spare before the
- * rest. -1: nowhere, which cannot be with a slot for every expert. */
+/* Where a lost expert raises the peak least: in an empty slot before others, and in that of an expert with a replica to
+ * spare before the rest. -1: nowhere, which cannot be with a slot for every expert. */
 static i64 find_cover(Layer *s, i64 e) {
     i64 best = -1, grade_best = 3;
     double top = INFINITY;
@@ -73,7 +74,13 @@ typedef struct {
 } Option;
 
 static inline void consider(Option *best, i64 off, double peak, i64 slot, i64 back) {
-    if (off != best->off ? off > best->off : peak != best->peak ? peak > best->peak : slot != best->slot ? slot > best->slot : back >= best->back)
+    if (off != best->off) {
+        if (off > best->off) return;
+    } else if (peak != best->peak) {
+        if (peak > best->peak) return;
+    } else if (slot != best->slot) {
+        if (slot > best->slot) return;
+    } else if (back >= best->back)
         return;
     best->off = off;
     best->peak = peak;
@@ -188,8 +195,8 @@ static void pair_up(Layer *s) {
     }
 }
 
-/* Spend empty slots, those of the least loaded rank first, on replicas that relieve the peak rank most; where none can, of the expert
- * whose replicas carry most (the one with fewest among equals). Returns the moves made. */
+/* Spend empty slots, those of the least loaded rank first, on replicas that relieve the peak rank most; where none can, of
+ * the expert whose replicas carry most (the one with fewest among equals). Returns the moves made. */
 static i64 fill_free(Layer *s, i64 budget) {
     i64 E = s->num_experts, R = s->num_ranks, moves = 0, open = 0;
     i32 *slot_of = s->near;

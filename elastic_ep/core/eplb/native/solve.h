@@ -126,7 +126,8 @@ static i64 count_changed(const Layer *s) {
     return n;
 }
 
-/* The slot that can take another replica of e and leaves the lowest peak, but after (`after`, `last`) in that order; -1: none. */
+/* The slot that can take another replica of e and leaves the lowest peak, but after (`after`, `last`) in that order; -1:
+ * none. */
 static i64 next_best_slot(Layer *s, i64 e, double *after, i64 last) {
     i64 best = -1;
     double top = INFINITY;
@@ -146,7 +147,8 @@ static i64 next_best_slot(Layer *s, i64 e, double *after, i64 last) {
     return best;
 }
 
-/* Where no single step helps because one expert needs another replica: give it one where it hurts least, and refine from there. */
+/* Where no single step helps because one expert needs another replica: give it one where it hurts least, and refine from
+ * there. */
 static void push(Layer *s, double target, double floor, Saved *saved) {
     for (int n = 0; n < PUSHES; n++) {
         i64 m = peak_rank(s), e = FREE, slot = -1;
@@ -170,8 +172,8 @@ static void push(Layer *s, double target, double floor, Saved *saved) {
     }
 }
 
-/* Which rank's place each rank of the row takes, into s->hidden: ranks of the same size change places so that most experts stay where
- * `had` [E, R] has them. With more than one replica to keep apart all stay. */
+/* Which rank's place each rank of the row takes, into s->hidden: ranks of the same size change places so that most experts
+ * stay where `had` [E, R] has them. With more than one replica to keep apart all stay. */
 static void match_ranks(Layer *s, const u8 *had) {
     i64 R = s->num_ranks, most = 0;
     i32 *place_of = s->hidden, *taken = s->near;
@@ -194,7 +196,8 @@ static void match_ranks(Layer *s, const u8 *had) {
             }
 }
 
-/* The row with ranks and slots arranged so that most of them hold what the reference has there, into s->row. `on` is used up. */
+/* The row with ranks and slots arranged so that most of them hold what the reference has there, into s->row. `on` is used
+ * up. */
 static void align(Layer *s) {
     i64 R = s->num_ranks;
     u8 *had = s->on;
@@ -230,7 +233,8 @@ static int can_quotas_level(const Layer *s, Pour *p, double goal, double enough)
     return 1;
 }
 
-/* A row from nothing in place of the repaired one, if it leaves fewer experts short of domains, or a peak that is lower by far. */
+/* A row from nothing in place of the repaired one, if it leaves fewer experts short of domains, or a peak that is lower by
+ * far. */
 static void try_fresh(Layer *s, const Limits *limits, int is_level, Saved *saved, Outcome *out) {
     i64 missing = count_short(s);
     if (is_level && !missing) return;
