@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := $(wildcard elastic_ep/*/*.c elastic_ep/*/*/*.c elastic_ep/*/*.h elastic_ep/*/*/*.h)
+NATIVE := $(wildcard elastic_ep/*/*.c elastic_ep/*/*/*.c elastic_ep/*/*.h elastic_ep/*/*/*.h elastic_ep/*/*/*/*.h)
 
 .PHONY: demo test lint benchmarks clean
 
