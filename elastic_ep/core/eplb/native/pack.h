@@ -180,7 +180,7 @@ static i64 pick_partner(const Layer *s, i64 home, i64 e, i64 tick) {
         i64 r = s->partner[i], at = s->live_index[r];
         if (at < 0 || !is_open(s, at, e, tick)) continue;
         double there = bond_with(s, r, s->domain[home]), here = bond_with(s, home, s->domain[r]);
-        double key = s->load[r] + (there > here ? there : here);
+        double key = s->load[r] + (there > here ? there : here) + s->bond[i];
         if (key < top || (key == top && at < best)) { top = key; best = at; }
     }
     return best >= 0 ? best : pick_elsewhere(s, e, tick);

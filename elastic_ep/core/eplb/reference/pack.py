@@ -70,11 +70,11 @@ class Packer:
         partners = [r for r in self.open_ranks(expert, taken) if r in self.layer.partners[home]]
         if not partners:
             return self.pick_lightest(expert, taken)
-        return min(partners, key=lambda r: (self.layer.load[r] + self._forced(home, r), r))
+        return min(partners, key=lambda r: (self._pairing(home, r), r))
 
-    def _forced(self, home: int, rank: int) -> float:
+    def _pairing(self, home: int, rank: int) -> float:
         there, here = self._bond_with(rank, self.layer.domain[home]), self._bond_with(home, self.layer.domain[rank])
-        return there if there > here else here
+        return self.layer.load[rank] + (there if there > here else here) + self.bond.get((home, rank), 0.0)
 
     def _bond_with(self, rank: int, domain: int) -> float:
         """Load that a rank shares with partners in a domain and with nobody else: what falls to it alone when that domain is lost."""
