@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from elastic_ep.brain import members
 from elastic_ep.brain.events import FailureCause, GroupPlan, Planned, Send
-from elastic_ep.brain.messages import Install, Installed, InstallFailed, LoadedSlot, LoadOrder
+from elastic_ep.brain.messages import Install, Installed, InstallFailed, LoadOrder
 from elastic_ep.brain.seats import Seat, SeatState
 from elastic_ep.brain.state import BrainState, Transaction
 from elastic_ep.brain.verdict import DEADLINE, judge
@@ -36,7 +34,7 @@ def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
     orders: dict[int, list[LoadOrder]] = {rank: [] for rank in ranks}
     for layer, slot, expert in plan.loads:
         orders[int(topology.rank_of_slot[slot])].append(LoadOrder(layer, slot, expert))
-        state.contents.forget(layer, slot)
+        state.contents.order(layer, slot, state.membership.epoch)
     peers = {rank: state.seats[rank].address for rank in ranks}
     patience = state.settings.install_deadline_s(max(map(len, orders.values())))
     state.install = Transaction(state.membership.epoch, set(ranks), now, now + patience)
@@ -60,20 +58,20 @@ def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
         state.out.append(Send(rank, message))
 
 
-def record_loaded(state: BrainState, seat: Seat, loaded: Iterable[LoadedSlot], now: float) -> bool:
+def record_loaded(state: BrainState, seat: Seat, message: Installed | InstallFailed, now: float) -> bool:
     """Take over what a rank has loaded. The first digest of an expert is the one to match: a rank that read other bytes is given up."""
-    for slot in loaded:
+    for slot in message.loaded:
         known = state.digests.setdefault((slot.layer, slot.expert), slot.digest)
         if known != slot.digest:
             detail = f"layer {slot.layer} expert {slot.expert}: digest {slot.digest:016x}, read before as {known:016x}"
             members.fail(state, seat.rank, FailureCause.FATAL, detail, now)
             return False
-        state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest)
+        state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest, message.epoch)
     return True
 
 
 def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) -> None:
-    if not record_loaded(state, seat, message.loaded, now):
+    if not record_loaded(state, seat, message, now):
         return
     if state.record:
         state.record.bytes_moved["checkpoint"] += message.bytes_read
@@ -97,7 +95,7 @@ def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) 
 
 
 def on_install_failed(state: BrainState, seat: Seat, message: InstallFailed, now: float) -> None:
-    if not record_loaded(state, seat, message.loaded, now):
+    if not record_loaded(state, seat, message, now):
         return
     if state.install is None or message.epoch != state.install.number:
         return

@@ -102,30 +102,35 @@ class SlotContents:
     Attributes:
         experts: int64 [L, P], the expert whose verified bytes a slot holds, -1 where it holds none that may be served.
         digests: uint64 [L, P], the digest of those bytes (0 where none).
+        ordered: int64 [L, P], the epoch of the newest order to fill the slot. A report of an older one comes too late to be true.
     """
 
     def __init__(self, num_layers: int, num_slots: int) -> None:
         self.experts = np.full((num_layers, num_slots), EMPTY, dtype=np.int64)
         self.digests = np.zeros((num_layers, num_slots), dtype=np.uint64)
+        self.ordered = np.zeros((num_layers, num_slots), dtype=np.int64)
 
-    def record(self, layer: int, slot: int, expert: int, digest: int) -> None:
-        """A slot was filled and verified."""
+    def record(self, layer: int, slot: int, expert: int, digest: int, epoch: int = 0) -> None:
+        """A slot was filled and verified, by an order of this epoch."""
         layers, slots = self.experts.shape
         if not (0 <= layer < layers and 0 <= slot < slots):
             raise InvalidInputError(f"slot ({layer}, {slot}) is outside {layers} layers x {slots} slots")
-        self.experts[layer, slot] = expert
-        self.digests[layer, slot] = digest
+        if epoch >= self.ordered[layer, slot]:
+            self.experts[layer, slot] = expert
+            self.digests[layer, slot] = digest
 
-    def forget(self, layer: int, slot: int) -> None:
-        """A slot is about to be overwritten: until its load is reported, nobody knows what it holds."""
+    def order(self, layer: int, slot: int, epoch: int) -> None:
+        """A slot is about to be overwritten: until that is reported, nobody knows what it holds."""
         self.experts[layer, slot] = EMPTY
         self.digests[layer, slot] = 0
+        self.ordered[layer, slot] = epoch
 
     def clear_rank(self, topology: Topology, rank: int) -> None:
         """A rank died: whatever comes back in its seat starts with empty slots."""
         gone = topology.slots_of(rank)
         self.experts[:, gone.start : gone.stop] = EMPTY
         self.digests[:, gone.start : gone.stop] = 0
+        self.ordered[:, gone.start : gone.stop] = 0
 
     def mismatches(self, placement: ExpertPlacement) -> list[tuple[int, int, int]]:
         """(layer, slot, expert) that the placement wants and the slot does not hold: exactly what must be loaded."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import defaultdict, deque
+
+import numpy as np
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import planner
@@ -14,6 +17,7 @@ from elastic_ep.brain.messages import (
     Hello,
     Install,
     Installed,
+    InstallFailed,
     LoadedSlot,
     RunStep,
     SampledToken,
@@ -54,6 +58,11 @@ class World:
         self.finished: dict[str, str] = {}
         self.commands: list[ev.Command] = []
         self.inbox: deque[tuple[int, object]] = deque()
+        self.outbox: deque[tuple[int, int, object]] = deque()
+        self.rng: random.Random | None = None
+        self.slots: dict[int, dict[tuple[int, int], int]] = defaultdict(dict)
+        self.placement_of: dict[int, dict[tuple[int, int], int]] = {}
+        self.epoch_of: dict[int, int] = {}
         self.plans: list[ev.GroupPlan] = []
 
     def feed(self, event: ev.Event) -> None:
@@ -68,6 +77,7 @@ class World:
                     case ev.Fence():
                         self.mute.add(command.rank)
                         self.inbox = deque(item for item in self.inbox if item[0] != command.rank)
+                        self.outbox = deque(item for item in self.outbox if item[0] != command.rank)
                         if command.rank not in self.unfenceable:
                             queue.append(ev.RankFenced(command.rank, command.incarnation))
                     case ev.StartRank():
@@ -95,7 +105,8 @@ class World:
         """A new process sits down: it has nothing, and says so when its turn comes."""
         self.incarnation[rank] = incarnation
         self.mute.discard(rank)
-        self.kv[rank] = {}
+        self.kv[rank], self.slots[rank] = {}, {}
+        self.epoch_of.pop(rank, None)
         if rank not in self.unstartable:
             self.inbox.append((rank, "hello"))
 
@@ -110,26 +121,67 @@ class World:
         return self
 
     def answer(self) -> bool:
-        """One rank answers one message. False when nothing is left to answer."""
-        if not self.inbox:
+        """One rank reads one message, or one of its answers arrives. False when nothing is under way.
+
+        With `rng`, who is next is drawn, and answers take their time: only the order within each channel is kept.
+        """
+        turns = [("read", rank) for rank in {rank for rank, _ in self.inbox}]
+        turns += [("arrive", rank) for rank in {rank for rank, _, _ in self.outbox}]
+        if not turns:
             return False
-        rank, message = self.inbox.popleft()
-        if rank in self.mute:
-            return True
+        if self.rng is not None:
+            what, rank = self.rng.choice(sorted(turns))
+        else:
+            what, rank = ("arrive", self.outbox[0][0]) if self.outbox else ("read", self.inbox[0][0])
+        if what == "arrive":
+            item = next(item for item in self.outbox if item[0] == rank)
+            self.outbox.remove(item)
+            self.feed(ev.RankSaid(*item))
+        else:
+            item = next(item for item in self.inbox if item[0] == rank)
+            self.inbox.remove(item)
+            if rank not in self.mute:
+                self.read(rank, item[1])
+        return True
+
+    def reply(self, rank: int, message: object) -> None:
+        self.outbox.append((rank, self.incarnation[rank], message))
+
+    def read(self, rank: int, message: object) -> None:
         match message:
             case "hello":
                 self.feed(ev.RankConnected(Hello(rank, self.incarnation[rank], 100 + rank, "h", "t", f"unix:/{rank}.new")))
-                self.say(rank, DenseLoaded(0, 1.0))
+                self.reply(rank, DenseLoaded(0, 1.0))
             case Stage():
-                self.say(rank, Staged(message.change, 1000 * len(message.loads)))
+                self.reply(rank, Staged(message.change, 1000 * len(message.loads)))
             case Install():
-                loaded = tuple(LoadedSlot(o.layer, o.slot, o.expert, 7) for o in message.loads)
-                self.say(rank, Installed(message.epoch, loaded, 1000 * len(loaded), 0.1))
+                self.install(rank, message)
             case RunStep():
+                if self.epoch_of.get(rank) != message.epoch:
+                    return  # it never got that far: a newer Install interrupted it
                 for seq_id in message.release:
                     self.kv[rank].pop(seq_id, None)  # a release may come twice, or for what never arrived
-                self.say(rank, StepDone(message.epoch, message.step, tuple(self.compute(rank, message)), 1.0))
-        return True
+                placement = self.placement_of[rank]
+                for (layer, slot), expert in placement.items():
+                    assert self.slots[rank].get((layer, slot)) == expert, "a rank would run another expert's weights"
+                self.reply(rank, StepDone(message.epoch, message.step, tuple(self.compute(rank, message)), 1.0))
+
+    def install(self, rank: int, message: Install) -> None:
+        loaded: list[LoadedSlot] = []
+        for order in message.loads:
+            if self.rng is not None and any(r == rank for r, _ in self.inbox) and self.rng.random() < 0.5:
+                self.reply(rank, InstallFailed(message.epoch, tuple(loaded), {}, ""))  # interrupted by a newer epoch
+                return
+            self.slots[rank][order.layer, order.slot] = order.expert
+            loaded.append(LoadedSlot(order.layer, order.slot, order.expert, 7))
+        shape = (message.num_layers, -1)
+        wanted = np.frombuffer(message.physical_to_logical_map, "<i4").reshape(shape)
+        mine = self.settings.topology.slots_of(rank)
+        self.placement_of[rank] = {
+            (layer, slot): int(wanted[layer, slot]) for layer in range(len(wanted)) for slot in mine if wanted[layer, slot] >= 0
+        }
+        self.epoch_of[rank] = message.epoch
+        self.reply(rank, Installed(message.epoch, tuple(loaded), 1000 * len(loaded), 0.1))
 
     def compute(self, rank: int, message: RunStep) -> list[SampledToken]:
         out = []

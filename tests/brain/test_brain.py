@@ -471,6 +471,7 @@ def test_random_schedules_of_failures():
         kills = rng.sample(range(world.settings.topology.ep_size), world.settings.topology.ep_size - 1)
         moments = sorted(rng.randint(0, 120) for _ in kills)
         world.unfenceable = {r for r in kills if rng.random() < 0.2}
+        world.rng = rng
         world.boot()
         count = rng.randint(1, 20)
         serve_all(world, count)
@@ -570,3 +571,24 @@ def test_a_seat_that_starts_is_no_member_of_a_recovery():
     assert world.brain.state.seats[3].state is SeatState.STARTING
     world.feed(ev.RankFenced(2, 0))
     assert world.brain.state.membership.ranks == (0, 1)
+
+
+def test_a_late_report_does_not_bring_back_what_a_newer_order_overwrites():
+    """Found by random schedules: the report of epoch 1 arrived after epoch 2 had ordered the same slot anew, and epoch 3 counted on it."""
+    world = World(ep_size=5, slots_per_rank=6, num_layers=1)
+    for rank in range(5):
+        world.feed(ev.RankConnected(Hello(rank, 0, 1, "h", "t", "")))
+        world.say(rank, DenseLoaded(0, 1.0))
+    first = dict(world.inbox)
+    world.inbox.clear()
+    for rank in (4, 3):
+        world.kill(rank)
+        again = {(o.layer, o.slot): (r, o) for r, m in world.inbox if isinstance(m, Install) for o in m.loads}
+        for key, (r, order) in again.items():
+            old = next((o for o in first[r].loads if (o.layer, o.slot) == key), None)
+            if old is not None and old.expert != order.expert:
+                loaded = LoadedSlot(old.layer, old.slot, old.expert, 7)
+                world.say(r, Installed(first[r].epoch, (loaded,), 0, 0.1))
+                assert world.brain.state.contents.experts[key] == -1
+    world.settle()
+    assert not world.brain.state.contents.mismatches(world.brain.state.plan.placement)

@@ -194,6 +194,7 @@ def test_random_schedules_with_restarts():
     rng = random.Random(seed)
     for _ in range(150):
         world = World(ep_size=rng.randint(2, 5), slots_per_rank=rng.randint(2, 8), restart=True, restart_backoff_s=0.1, restart_limit=10**6)
+        world.rng = rng
         world.boot()
         count = rng.randint(5, 40)
         serve_all(world, count)
