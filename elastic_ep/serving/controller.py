@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
 EXIT_GRACE_S = 0.005
+"""How long an exit waits for the launcher to say how it came about."""
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
 RUN_DIR_PREFIX = "elastic-ep-"
@@ -273,9 +274,15 @@ class Controller:
         process = self._processes.get(key)
         state = process.state() if process else None
         if state is not None and state.is_ending:
-            self._fail(*key, FailureCause.EXITED, state.exit)
+            self._ended(*key, state.exit)
         else:
             self._fail(*key, FailureCause.CHANNEL_CLOSED, "")
+
+    def _ended(self, rank: int, incarnation: int, how: str) -> None:
+        if how:
+            self._fail(rank, incarnation, FailureCause.EXITED, how)
+        else:  # reaped already: the launcher's word, which says how it ended, is on its way
+            self._loop.call_later(EXIT_GRACE_S, self._fail, rank, incarnation, FailureCause.EXITED, "")
 
     def _fail(self, rank: int, incarnation: int, cause: FailureCause, detail: str) -> None:
         if self.config.detect and not self.stopped.is_set():
@@ -297,11 +304,7 @@ class Controller:
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
-        how = self._processes[rank, incarnation].state().exit
-        if how:
-            self._fail(rank, incarnation, FailureCause.EXITED, how)
-        else:  # reaped already: the launcher's word, which says how it ended, is on its way
-            self._loop.call_later(EXIT_GRACE_S, self._fail, rank, incarnation, FailureCause.EXITED, "")
+        self._ended(rank, incarnation, self._processes[rank, incarnation].state().exit)
 
     def _on_launcher_lost(self) -> None:
         if not self.stopped.is_set():
@@ -327,7 +330,7 @@ class Controller:
         if state is None:
             self._fail(rank, incarnation, FailureCause.HEARTBEAT, f"silent for {self.settings.heartbeat_timeout_s:g} s")
         elif state.is_ending:
-            self._fail(rank, incarnation, FailureCause.EXITED, state.exit)
+            self._ended(rank, incarnation, state.exit)
         elif state.letter in ("T", "t"):
             self._fail(rank, incarnation, FailureCause.STOPPED, "seen stopped")
         else:
