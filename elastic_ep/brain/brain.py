@@ -89,10 +89,9 @@ class Brain:
     def next_deadline(self) -> float | None:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
-        times = [state.boot_deadline, state.fence_deadline, state.silence_check_at]
+        times = [state.boot_deadline, state.fence_deadline, state.silence_check_at, state.starts_due_at]
         if state.change:
             times.append(state.change.deadline)
-        times += [t for seat in state.seats for t in (seat.restart_at, seat.start_deadline) if t is not None]
         for transaction in (state.step, state.install):
             if transaction:
                 times += [transaction.deadline, transaction.verdict_at]

@@ -13,6 +13,8 @@ from elastic_ep.core.recovery import Phase, RecoveryRecord, Tier, Trigger
 
 def start_seats(state: BrainState, now: float) -> None:
     """Start the processes whose time has come, and give up those that take too long."""
+    if state.starts_due_at is None or state.starts_due_at > now:
+        return
     for seat in state.seats:
         if seat.restart_at is not None and seat.restart_at <= now:
             seat.restart_at = None
@@ -25,6 +27,8 @@ def start_seats(state: BrainState, now: float) -> None:
         elif seat.start_deadline is not None and seat.start_deadline <= now:
             seat.start_deadline = None
             members.fail(state, seat.rank, FailureCause.WEDGED, f"not ready after {state.settings.boot_timeout_s:g} s", now)
+    due = (t for seat in state.seats for t in (seat.restart_at, seat.start_deadline) if t is not None)
+    state.starts_due_at = min(due, default=None)
 
 
 def consider(state: BrainState, now: float) -> None:

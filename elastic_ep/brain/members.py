@@ -115,6 +115,8 @@ def bury(state: BrainState, seat: Seat, now: float) -> None:
     if may_restart(state, seat):
         wait = state.settings.restart_backoff_s * 2 ** min(max(0, seat.quick_deaths - 1), 16)
         seat.restart_at = now + min(wait, state.settings.restart_backoff_max_s)
+        due = state.starts_due_at
+        state.starts_due_at = seat.restart_at if due is None else min(due, seat.restart_at)
     elif state.settings.restart and not state.stopping:
         reason = f"{seat.failed_starts} processes in a row failed before they were members; the last: {seat.failure}"
         state.publish("rank_left_out", rank=seat.rank, reason=reason)

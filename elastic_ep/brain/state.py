@@ -77,6 +77,7 @@ class BrainState:
         between_steps: messages held until no step is in flight, since what a rank hears during a step interrupts it.
         record: the recovery under way; `recoveries` keeps the finished ones.
         digests: (layer, expert) -> digest of its bytes as first read.
+        starts_due_at: no seat is to be started, nor a start overdue, before this.
         release: rank -> sequences whose KV it may free, told with its next step.
         out: the commands that the event in hand has led to.
     """
@@ -106,6 +107,7 @@ class BrainState:
         self.boot_deadline: float | None = now + settings.boot_timeout_s
         self.fence_deadline: float | None = None
         self.silence_check_at = now + settings.heartbeat_timeout_s
+        self.starts_due_at: float | None = None
         self.release: dict[int, list[int]] = {rank: [] for rank in range(ep_size)}
         self.out: list[Command] = []
 
