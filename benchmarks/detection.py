@@ -32,6 +32,7 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the launcher's processe
 from stub_ranks import StubProcessController, spec
 
 RANKS = 41
+KV_TOKENS = 1 << 20
 AIMS_MS = {"SIGKILL": 10.0, "SIGSTOP": 50.0, "heartbeat alone": 1000.0}
 BUSY_PER_CORE = 5
 
@@ -50,7 +51,7 @@ class RemoteController(StubProcessController):
 async def faults(controller_class: type[StubProcessController], number: signal.Signals, count: int, seed: int) -> list[float]:
     """Milliseconds from signal to detection, one per fault."""
     rng = random.Random(seed)
-    config = ServeConfig("stub", RANKS, num_redundant_experts=RANKS, restart="never")
+    config = ServeConfig("stub", RANKS, num_redundant_experts=RANKS, kv_tokens=KV_TOKENS, restart="never")
     async with controller_class(config, spec(2 * RANKS)) as controller:
         await controller.wait_serving()
         found: dict[int, float] = {}
@@ -96,7 +97,8 @@ async def overload(minutes: float) -> dict[str, Any]:
     for process in busy:
         process.start()
     try:
-        async with StubProcessController(ServeConfig("stub", 8, num_redundant_experts=8, restart="never"), spec(16)) as controller:
+        config = ServeConfig("stub", 8, num_redundant_experts=8, kv_tokens=KV_TOKENS, restart="never")
+        async with StubProcessController(config, spec(16)) as controller:
             await controller.wait_serving()
             streams = [asyncio.create_task(consume(controller, i)) for i in range(8)]
             await asyncio.sleep(minutes * 60)
