@@ -6,13 +6,25 @@ import random
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain.messages import Install, RunStep, Stage, Staged, StageFailed
-from elastic_ep.core.recovery import Phase, Tier
+from elastic_ep.core.recovery import Phase
 from tests.brain.harness import World, expected
 from tests.brain.test_brain import PROMPTS, check_all, serve_all
 
 
 def restarting_world(**settings) -> World:
     return World(restart=True, restart_backoff_s=0.5, **settings).boot()
+
+
+def staging_world() -> World:
+    """Under load, rank 2 was killed and its successor is reading its share, and does not get done."""
+    world = restarting_world()
+    serve_all(world, 60)
+    world.kill(2)
+    world.settle_until(lambda: len(world.received["r0"]) > 5)
+    world.pass_time(0.6)
+    world.wedged.add(2)
+    world.settle_until(lambda: world.brain.state.change is not None and world.brain.state.change.pending)
+    return world
 
 
 def test_a_killed_rank_rejoins_between_two_steps():
@@ -70,13 +82,7 @@ def test_a_joiner_that_dies_while_it_loads_disturbs_nobody():
 
 
 def test_a_joiner_that_dies_while_it_stages_disturbs_nobody():
-    world = restarting_world()
-    serve_all(world, 60)
-    world.kill(2)
-    world.settle_until(lambda: len(world.received["r0"]) > 5)
-    world.pass_time(0.6)
-    world.wedged.add(2)
-    world.settle_until(lambda: world.brain.state.change is not None and world.brain.state.change.pending)
+    world = staging_world()
     epoch = world.brain.state.membership.epoch
     world.kill(2)
     assert world.brain.state.membership.epoch == epoch
@@ -86,13 +92,7 @@ def test_a_joiner_that_dies_while_it_stages_disturbs_nobody():
 
 
 def test_a_member_that_dies_while_a_change_is_staged():
-    world = restarting_world()
-    serve_all(world, 60)
-    world.kill(2)
-    world.settle_until(lambda: len(world.received["r0"]) > 5)
-    world.pass_time(0.6)
-    world.wedged.add(2)
-    world.settle_until(lambda: world.brain.state.change is not None and world.brain.state.change.pending)
+    world = staging_world()
     world.kill(0)
     world.wedged.clear()
     world.inbox.append((2, Stage(0, (), 0.0)))
@@ -146,7 +146,6 @@ def test_a_recovery_is_followed_by_a_restore_of_redundancy():
     assert not world.brain.state.restore_due
     kinds = [record.kind for record in world.brain.state.recoveries]
     assert kinds[0] == "exited"
-    assert world.brain.state.recoveries[-1].tier in (Tier.MASK, Tier.COVER, Tier.REBALANCE)
 
 
 def test_all_members_die_and_the_group_boots_again():
