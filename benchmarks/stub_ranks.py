@@ -25,7 +25,7 @@ def answer(message: Any) -> Any:
     match message:
         case Install():
             loaded = tuple(LoadedSlot(order.layer, order.slot, order.expert, 1) for order in message.loads)
-            return Installed(message.epoch, loaded, 0, 0.0)
+            return Installed(message.epoch, loaded, {}, 0.0)
         case RunStep():
             tokens = tuple(SampledToken(work.seq_id, 7) for work in message.work if work.sample is not None)
             return StepDone(message.epoch, message.step, tokens, 0.0)

@@ -123,7 +123,8 @@ class Brain:
             return
         seat.move(SeatState.LOADING)
         self.state.silence_check_at = min(self.state.silence_check_at, now + self.state.settings.heartbeat_timeout_s)
-        seat.pid, seat.host, seat.address, seat.last_sign = hello.pid, hello.host, hello.address, now
+        seat.pid, seat.host, seat.last_sign = hello.pid, hello.host, now
+        seat.address, seat.weights_address = hello.address, hello.weights_address
 
     def _on_said(self, event: RankSaid, now: float) -> None:
         state = self.state

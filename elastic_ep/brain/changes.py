@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from elastic_ep.brain import epochs, members
-from elastic_ep.brain.events import FailureCause, MakePlan, Planned, Send, StartRank
-from elastic_ep.brain.messages import LoadOrder, Stage, Staged, StageFailed
+from elastic_ep.brain.events import FailureCause, GroupPlan, MakePlan, Planned, Send, StartRank
+from elastic_ep.brain.messages import Stage, Staged, StageFailed
 from elastic_ep.brain.seats import Seat, SeatState
 from elastic_ep.brain.state import BrainState, Change, ChangeKind
 from elastic_ep.core.membership import Membership
@@ -35,6 +35,11 @@ def consider(state: BrainState, now: float) -> None:
     """Begin a change if there is a reason for one and nothing else is going on."""
     if state.group.phase is not Phase.SERVING or state.change is not None or state.stopping:
         return
+    if state.next_round is not None:
+        state.change, state.next_round = state.next_round, None
+        assert state.change.plan is not None
+        _stage(state, state.change, state.change.plan, now)
+        return
     joiners = tuple(s.rank for s in state.seats if s.state is SeatState.READY and not state.membership.is_active(s.rank))
     if not joiners and not state.restore_due:
         return
@@ -51,26 +56,29 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
     change = state.change
     if change is None or event.change != change.number or event.epoch != state.membership.epoch:
         return
-    change.plan = event.plan
     if event.plan is None or (change.kind is ChangeKind.RESTORE and not event.plan.loads):
         state.change = None
         return
-    orders: dict[int, list[LoadOrder]] = {}
-    for layer, slot, expert in event.plan.loads:
-        orders.setdefault(int(state.settings.topology.rank_of_slot[slot]), []).append(LoadOrder(layer, slot, expert))
+    change.plan, change.later = event.plan, event.then
+    _stage(state, change, event.plan, now)
+
+
+def _stage(state: BrainState, change: Change, plan: GroupPlan, now: float) -> None:
+    orders = epochs.load_orders(state, plan)
     change.pending = set(orders)
     change.is_due = not orders
-    rate = state.settings.stage_bytes_per_s
+    rate, weights = state.settings.stage_bytes_per_s, {r: state.seats[r].weights_address for r in state.membership.ranks}
     change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
-    state.between_steps += [Send(rank, Stage(change.number, tuple(loads), rate)) for rank, loads in sorted(orders.items())]
-    state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(event.plan.loads))
+    state.between_steps += [Send(rank, Stage(change.number, loads, rate, weights)) for rank, loads in orders.items()]
+    state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(plan.loads))
 
 
 def on_staged(state: BrainState, seat: Seat, message: Staged) -> None:
     change = state.change
     if change is None or message.change != change.number:
         return
-    change.bytes_read += message.bytes_read
+    epochs.note_sources(state, seat.rank, message.source_errors)
+    change.bytes_read.update(message.bytes_read)
     change.pending.discard(seat.rank)
     change.is_due = not change.pending
 
@@ -104,11 +112,14 @@ def switch(state: BrainState, now: float) -> None:
     assert change.plan is not None
     assert state.step is None
     state.change = None
+    if change.later:
+        state.changes_made += 1
+        state.next_round = Change(state.changes_made, change.kind, (), change.active, now, plan=change.later[0], later=change.later[1:])
     state.membership = Membership(state.membership.epoch + 1, change.active)
     state.record = RecoveryRecord(change.kind.value, list(change.joiners), last_sign=now, detected=now, tier=Tier.REBALANCE)
     state.record.epoch, state.record.agreed, state.record.planned = state.membership.epoch, now, now
     state.record.reason = change.plan.reason
-    state.record.bytes_moved["checkpoint"] = change.bytes_read
+    state.record.bytes_moved.update(change.bytes_read)
     state.plan = change.plan
     reason = f"{change.kind.value} of ranks {list(change.joiners)}, {len(change.plan.loads)} experts staged"
     state.group.apply(Trigger.CHANGE_STAGED, now=now, epoch=state.membership.epoch, reason=reason)

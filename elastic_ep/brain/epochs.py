@@ -29,11 +29,25 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
     send_installs(state, event.plan, now)
 
 
+def load_orders(state: BrainState, plan: GroupPlan) -> dict[int, tuple[LoadOrder, ...]]:
+    """What each rank is to load for a plan, with where from and which digest must come."""
+    orders: dict[int, list[LoadOrder]] = {}
+    for (layer, slot, expert), source in zip(plan.loads, plan.sources, strict=True):
+        order = LoadOrder(layer, slot, expert, source.kind.value, source.rank, state.digests.get((layer, expert)))
+        orders.setdefault(int(state.topology.rank_of_slot[slot]), []).append(order)
+    return {rank: tuple(loads) for rank, loads in sorted(orders.items())}
+
+
+def note_sources(state: BrainState, rank: int, errors: tuple[str, ...]) -> None:
+    """Sources that a rank had to pass over."""
+    if errors:
+        state.publish("source_failed", rank=rank, errors=list(errors[:4]), more=max(0, len(errors) - 4))
+
+
 def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
-    topology, ranks = state.settings.topology, state.membership.ranks
-    orders: dict[int, list[LoadOrder]] = {rank: [] for rank in ranks}
-    for layer, slot, expert in plan.loads:
-        orders[int(topology.rank_of_slot[slot])].append(LoadOrder(layer, slot, expert))
+    topology, ranks = state.topology, state.membership.ranks
+    orders = dict.fromkeys(ranks, ()) | load_orders(state, plan)
+    for layer, slot, _ in plan.loads:
         state.contents.order(layer, slot, state.membership.epoch)
     peers = {rank: state.seats[rank].address for rank in ranks}
     patience = state.settings.install_deadline_s(max(map(len, orders.values())))
@@ -52,7 +66,7 @@ def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
             physical_to_logical_map=p2l,
             quotas=quotas,
             streamed=streamed,
-            loads=tuple(orders[rank]),
+            loads=orders[rank],
             deadline_s=state.settings.install_timeout_s / 2,
         )
         state.out.append(Send(rank, message))
@@ -73,8 +87,10 @@ def record_loaded(state: BrainState, seat: Seat, message: Installed | InstallFai
 def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) -> None:
     if not record_loaded(state, seat, message, now):
         return
+    note_sources(state, seat.rank, message.source_errors)
     if state.record:
-        state.record.bytes_moved["checkpoint"] += message.bytes_read
+        for kind, num_bytes in message.bytes_read.items():
+            state.record.bytes_moved[kind] += num_bytes
     if state.install is None or message.epoch != state.install.number:
         return
     state.install.pending.discard(seat.rank)

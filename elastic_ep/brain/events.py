@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage, SampledToken, SamplingParams
+from elastic_ep.core.links import Source
 from elastic_ep.core.placement import ExpertPlacement
 
 Finish = Literal["stop", "length", "error"]
@@ -78,12 +79,13 @@ class RankRuns:
 @dataclass(frozen=True, slots=True)
 class Planned:
     """The answer to MakePlan, whose epoch and change it repeats. `plan` is None when the live slots cannot hold all experts and
-    streaming them is not allowed."""
+    streaming them is not allowed. `then` are the rounds that follow it, each from what the one before has left."""
 
     epoch: int
     plan: GroupPlan | None
     reason: str = ""
     change: int | None = None
+    then: tuple[GroupPlan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class GroupPlan:
     Attributes:
         quotas: float64 [L, P], or None for an even split.
         streamed: (layer, expert) -> rank for experts without a slot.
-        loads: (layer, slot, expert) in the order to be loaded.
+        loads: (layer, slot, expert) in the order to be loaded, and `sources`, where each is to come from.
         experts_lost: (layer, expert) pairs that no member held before the loads.
         survives: what the placement survives from here, as `/elastic/status` shows it.
     """
@@ -164,6 +166,7 @@ class GroupPlan:
     experts_lost: int
     survives: dict[str, Any]
     reason: str
+    sources: tuple[Source, ...]
 
 
 # ---- commands

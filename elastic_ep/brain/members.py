@@ -76,7 +76,7 @@ def _lose_all(state: BrainState, last: Seat, now: float) -> None:
 
 def drop_change(state: BrainState) -> None:
     """Give up a change that is being staged; what it was for is looked at again when the group serves."""
-    state.change = None
+    state.change = state.next_round = None
     state.between_steps = []
     state.restore_due = True
 
@@ -108,7 +108,7 @@ def bury(state: BrainState, seat: Seat, now: float) -> None:
     lived = 0.0 if seat.member_since is None else now - seat.member_since
     seat.quick_deaths = 0 if lived >= state.settings.restart_reset_s else seat.quick_deaths + 1
     seat.member_since = None
-    state.contents.clear_rank(state.settings.topology, seat.rank)
+    state.contents.clear_rank(state.topology, seat.rank)
     state.release[seat.rank] = []
     moved = state.requests.evict_rank(seat.rank)
     state.publish("rank_fenced", rank=seat.rank, requests_moved=len(moved))

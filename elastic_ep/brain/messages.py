@@ -56,11 +56,20 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Fill slot (layer, slot) with `expert`; slot is the physical id, always one of the receiver's own."""
+    """Fill slot (layer, slot) with `expert`; slot is the physical id, always one of the receiver's own.
+
+    Attributes:
+        source: where to read it from first, a `SourceKind` value; if that fails, from the host's backup, then from the checkpoint.
+        peer: the rank to read from, for a source on another rank.
+        digest: of the expert's bytes as first read; None when nobody has read it yet.
+    """
 
     layer: int
     slot: int
     expert: int
+    source: str = "checkpoint"
+    peer: int = -1
+    digest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,8 @@ class Hello:
     token: str
     address: str
     """where peers dial this rank"""
+    weights_address: str = ""
+    """where they ask for experts that it holds"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +110,18 @@ class DenseLoaded:
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """The epoch's tables are in force here and every ordered load is verified."""
+    """The epoch's tables are in force here and every ordered load is verified.
+
+    Attributes:
+        bytes_read: by source: "peer", "host", "checkpoint".
+        source_errors: sources that failed and were passed over, and why.
+    """
 
     epoch: int
     loaded: tuple[LoadedSlot, ...]
-    bytes_read: int
+    bytes_read: dict[str, int]
     move_ms: float
+    source_errors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +136,11 @@ class InstallFailed:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Everything that a Stage ordered lies verified beside the live slots; an Install may name it."""
+    """Everything that a Stage ordered lies verified beside the live slots; an Install may name it. Attributes as in Installed."""
 
     change: int
-    bytes_read: int
+    bytes_read: dict[str, int]
+    source_errors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +217,13 @@ class Stage:
 
     Attributes:
         bytes_per_s: how fast at most; 0 is as fast as it goes.
+        weights: rank -> where to ask for experts that it holds.
     """
 
     change: int
     loads: tuple[LoadOrder, ...]
     bytes_per_s: float
+    weights: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

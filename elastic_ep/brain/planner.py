@@ -1,19 +1,23 @@
-"""From members and what their slots hold to what a new epoch installs. Pure; the shell or the simulator runs it and times it."""
+"""From members and what their slots hold to what the next epochs install. Pure; the shell or the simulator runs it and times it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain.events import GroupPlan
+from elastic_ep.core.eplb.plan import PlacementPlan
 from elastic_ep.core.eplb.resilient import solve_placement
 from elastic_ep.core.errors import InsufficientSlotsError
+from elastic_ep.core.links import LinkSpeeds, Source, SourceKind
 from elastic_ep.core.placement import EMPTY, ExpertPlacement
 from elastic_ep.core.survivability import survives
 from elastic_ep.core.topology import Topology
+from elastic_ep.core.transfer import Round, pick_sources, plan_transfer
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,21 @@ class PlanSettings:
     Attributes:
         stream_when_short: with fewer live slots than experts, stream the rest through spare buffers instead of refusing.
         spread: the failure domain level on which replicas are kept apart.
+        expert_bytes: of one expert of one layer, in a slot.
+        speeds: of the ways an expert can come, to choose among them.
+        staging_slots: experts that a rank may hold beside its live slots during a change.
     """
 
     num_experts: int
     stream_when_short: bool = True
     spread: str = "rank"
+    expert_bytes: int = 1
+    speeds: LinkSpeeds = field(default_factory=LinkSpeeds)
+    staging_slots: int = 1024
+
+
+Backups = Mapping[str, NDArray[np.bool_]]
+"""node label -> bool [L, E]: the experts in that node's host memory"""
 
 
 def plan(
@@ -36,43 +50,130 @@ def plan(
     active: tuple[int, ...],
     contents: NDArray[np.int64],
     load: NDArray[np.float64] | None = None,
-    max_moves: int | None = None,
+    backups: Backups | None = None,
 ) -> GroupPlan:
-    """Place all experts over the active ranks, starting from what their slots hold.
+    """Recover: place all experts over the active ranks, moving only what has to be, all of it in place.
 
     Args:
         contents: int64 [L, P], what each slot holds now (-1: nothing); slots of inactive ranks are ignored.
         load: float [L, E] tokens per expert, None when nothing was measured yet.
-        max_moves: moves at most, besides those that lost experts need. 0 in a recovery, so that serving goes on soon.
 
     Raises:
         InsufficientSlotsError: too few live slots and streaming is not allowed.
     """
-    live = topology.live_slot_mask(active)
-    num_live, num_experts = int(live.sum()), settings.num_experts
-    if num_live < num_experts and not settings.stream_when_short:
-        raise InsufficientSlotsError(num_live, num_experts)
-    held = np.where(live[None, :], contents, EMPTY)
-    from_nothing = not (held != EMPTY).any()
-    weights = np.ones((len(held), num_experts)) if load is None else load
-    solved = solve_placement(
-        weights,
+    held = _live(topology, active, contents)
+    solved = _solve(settings, topology, active, held, load, max_moves=0)
+    loads = tuple((move.layer, move.slot, move.expert) for move in solved.moves)
+    sources = pick_sources(loads, held, topology, expert_bytes=settings.expert_bytes, backups=backups, speeds=settings.speeds)
+    lost = len(solved.lost) if (held != EMPTY).any() else 0
+    return _final(solved, topology, active, loads, sources, lost)
+
+
+def plan_change(
+    settings: PlanSettings,
+    topology: Topology,
+    active: tuple[int, ...],
+    contents: NDArray[np.int64],
+    load: NDArray[np.float64] | None = None,
+    backups: Backups | None = None,
+) -> tuple[GroupPlan, ...]:
+    """Restore redundancy and balance: rounds, each staged beside what is served and installed at once. Arguments as in `plan`.
+
+    No round takes the last replica of an expert; one that has none is streamed until its round comes. Always at least one round.
+    """
+    held = _live(topology, active, contents)
+    solved = _solve(settings, topology, active, held, load, max_moves=None)
+    transfer = plan_transfer(
+        held,
+        solved.placement,
         topology,
         active,
-        None if from_nothing else ExpertPlacement(held, num_experts),
+        expert_bytes=settings.expert_bytes,
+        backups=backups,
+        speeds=settings.speeds,
+        staging_slots=settings.staging_slots,
+    )
+    plans = []
+    for number, part in enumerate(transfer.rounds, 1):
+        loads, sources = _of_round(part, held, topology)
+        for layer, slot, expert in loads:
+            held[layer, slot] = expert
+        if number == len(transfer.rounds):
+            plans.append(_final(solved, topology, active, loads, sources))
+        else:
+            plans.append(_between(held.copy(), settings.num_experts, topology, active, loads, sources, number))
+    return tuple(plans) or (_final(solved, topology, active, (), ()),)
+
+
+def _live(topology: Topology, active: tuple[int, ...], contents: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A copy of the contents without dead ranks' slots."""
+    return np.where(topology.live_slot_mask(active)[None, :], contents, EMPTY)
+
+
+def _solve(
+    settings: PlanSettings,
+    topology: Topology,
+    active: tuple[int, ...],
+    held: NDArray[np.int64],
+    load: NDArray[np.float64] | None,
+    max_moves: int | None,
+) -> PlacementPlan:
+    num_live, num_experts = int(topology.live_slot_mask(active).sum()), settings.num_experts
+    if num_live < num_experts and not settings.stream_when_short:
+        raise InsufficientSlotsError(num_live, num_experts)
+    from_nothing = not (held != EMPTY).any()
+    return solve_placement(
+        np.ones((len(held), num_experts)) if load is None else load,
+        topology,
+        active,
+        None if from_nothing else ExpertPlacement(held.copy(), num_experts),
         min_replicas=max(1, min(num_live // num_experts, sum(active))),
         spread=settings.spread,
         max_moves=None if from_nothing else max_moves,
     )
+
+
+Loads = tuple[tuple[int, int, int], ...]
+
+
+def _of_round(part: Round, held: NDArray[np.int64], topology: Topology) -> tuple[Loads, tuple[Source, ...]]:
+    loads = [(copy.layer, copy.slot, copy.expert) for copy in part.copies]
+    loads += [(move.layer, move.slot, int(held[move.layer, move.from_slot])) for move in part.local_moves]
+    sources = [copy.source for copy in part.copies]
+    sources += [Source(SourceKind.LOCAL, int(topology.rank_of_slot[move.slot]), move.from_slot) for move in part.local_moves]
+    return tuple(loads), tuple(sources)
+
+
+def _final(
+    solved: PlacementPlan, topology: Topology, active: tuple[int, ...], loads: Loads, sources: Sequence[Source], lost: int = 0
+) -> GroupPlan:
     return GroupPlan(
         placement=solved.placement,
         quotas=solved.quotas,
         streamed=solved.streamed,
-        loads=tuple((move.layer, move.slot, move.expert) for move in solved.moves),
-        experts_lost=0 if from_nothing else len(solved.lost),
+        loads=loads,
+        experts_lost=lost,
         survives=survives_object(solved.placement, topology, active),
         reason="; ".join(solved.reasons),
+        sources=tuple(sources),
     )
+
+
+def _between(
+    held: NDArray[np.int64],
+    num_experts: int,
+    topology: Topology,
+    active: tuple[int, ...],
+    loads: Loads,
+    sources: Sequence[Source],
+    number: int,
+) -> GroupPlan:
+    """The group after a round that is not the last: it serves what slots hold then; what none holds yet is streamed, dealt out in turn."""
+    placement = ExpertPlacement(held, num_experts)
+    ranks = [rank for rank, alive in enumerate(active) if alive]
+    streamed = {pair: ranks[i % len(ranks)] for i, pair in enumerate(placement.missing_experts())}
+    reason = f"round {number} of a change in several"
+    return GroupPlan(placement, None, streamed, loads, 0, survives_object(placement, topology, active), reason, tuple(sources))
 
 
 def survives_object(placement: ExpertPlacement, topology: Topology, active: tuple[int, ...]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Seat:
     pid: int | None = None
     host: str = ""
     address: str = ""
+    weights_address: str = ""
     last_sign: float = 0.0
     """when anything was last heard from it (controller's clock, seconds)"""
     probed_at: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,7 @@ class Change:
     Attributes:
         joiners: seats that become members with it.
         active: the members after it.
+        later: the rounds that follow this one.
         pending: ranks that still stage; `deadline` is when they must have.
         is_due: all is staged; it is installed before the next step.
     """
@@ -63,7 +64,8 @@ class Change:
     deadline: float | None = None
     plan: GroupPlan | None = None
     pending: set[int] = field(default_factory=set)
-    bytes_read: int = 0
+    later: tuple[GroupPlan, ...] = ()
+    bytes_read: Counter[str] = field(default_factory=Counter)
     is_due: bool = False
 
 
@@ -73,7 +75,9 @@ class BrainState:
     Attributes:
         membership: of the newest epoch, installed or not.
         step, install: the transaction in flight, if any; never both.
-        change: the planned change under way; `restore_due` asks for one that restores redundancy.
+        topology: of the seats there are now; scaling up adds some.
+        change: the planned change under way; `next_round` is what follows when it is installed; `restore_due` asks for one that
+            restores redundancy.
         between_steps: messages held until no step is in flight, since what a rank hears during a step interrupts it.
         record: the recovery under way; `recoveries` keeps the finished ones.
         digests: (layer, expert) -> digest of its bytes as first read.
@@ -83,18 +87,20 @@ class BrainState:
     """
 
     def __init__(self, settings: BrainSettings, now: float) -> None:
-        ep_size = settings.topology.ep_size
         self.settings = settings
+        self.topology = settings.topology
+        ep_size = self.topology.ep_size
         self.seats = [Seat(rank, last_sign=now) for rank in range(ep_size)]
         self.membership = Membership.all_active(ep_size)
         self.group = GroupState()
-        self.contents = SlotContents(settings.num_layers, settings.topology.num_slots)
+        self.contents = SlotContents(settings.num_layers, self.topology.num_slots)
         self.digests: dict[tuple[int, int], int] = {}
         self.requests = RequestTable()
         self.plan: GroupPlan | None = None
         self.step: Transaction | None = None
         self.install: Transaction | None = None
         self.change: Change | None = None
+        self.next_round: Change | None = None
         self.changes_made = 0
         self.restore_due = False
         self.between_steps: list[Send] = []

@@ -44,6 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--restart", choices=["always", "never"], default="always", help=restart_help)
     rate_help = "what background loading may read on each rank; 0: no limit"
     parser.add_argument("--rebalance-bytes-per-second", type=float, default=0.0, metavar="BYTES", help=rate_help)
+    backup_help = "keep a copy of all experts in this host's memory, so that lost ones need no disk; its size is logged at start"
+    parser.add_argument("--host-backup", choices=["off", "experts"], default="off", help=backup_help)
+    staging_help = "what a rank may hold beside its slots while experts move in the background"
+    parser.add_argument("--staging-bytes", type=int, default=1 << 30, metavar="BYTES", help=staging_help)
+    scrub_help = "how fast a rank looks whether its slots still hold what was verified; 0: never"
+    parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)
     parser.add_argument("--step-timeout", type=float, default=10.0, metavar="SECONDS", help="a step this long has a hung rank in it")
     parser.add_argument("--heartbeat-timeout", type=float, default=0.9, metavar="SECONDS", help="silence after which a rank is looked at")
     parser.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="time for running requests at SIGTERM")
@@ -74,6 +80,9 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         when_short=args.when_short,
         restart=args.restart,
         rebalance_bytes_per_s=args.rebalance_bytes_per_second,
+        host_backup=args.host_backup,
+        staging_bytes=args.staging_bytes,
+        scrub_bytes_per_s=args.scrub_bytes_per_second,
         step_timeout_s=args.step_timeout,
         heartbeat_timeout_s=args.heartbeat_timeout,
         log_level=args.log_level,

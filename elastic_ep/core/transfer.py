@@ -12,7 +12,7 @@ rank but the wrong slot is permuted inside it, without bytes over any link.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -141,6 +141,47 @@ def plan_transfer(
         sum(r.seconds for r in rounds[:num_coverage]),
         sum(r.seconds for r in rounds),
     )
+
+
+def pick_sources(
+    loads: Sequence[tuple[int, int, int]],
+    held: NDArray[np.int64],
+    topology: Topology,
+    *,
+    expert_bytes: int = 1,
+    node_level: str = "node",
+    backups: Mapping[str, NDArray[np.bool_]] | None = None,
+    speeds: LinkSpeeds | None = None,
+) -> list[Source]:
+    """A source for each (layer, slot, expert) of ``loads``, links balanced, for experts that are read in place: all before any step.
+
+    Args:
+        held: int [L, P], what slots hold that no load overwrites; -1 in dead ranks' slots.
+    """
+    node = topology.labels(node_level if node_level in topology.domains else "rank")
+    links = LinkLoads(speeds or LinkSpeeds(), node)
+    rank_of_slot = topology.rank_of_slot.tolist()
+    overwritten = {(layer, slot) for layer, slot, _ in loads}
+    picked = []
+    for layer, slot, expert in loads:
+        rank = rank_of_slot[slot]
+        slots = [s for s in np.flatnonzero(held[layer] == expert).tolist() if (layer, s) not in overwritten]
+        options = _options(node, rank, [(rank_of_slot[s], s) for s in slots], (backups or {}).get(node[rank]), layer, expert)
+        picked.append(links.pick(options, rank, expert_bytes))
+    return picked
+
+
+def _options(
+    node: tuple[str, ...], rank: int, holders: Iterable[tuple[int, int]], backup: NDArray[np.bool_] | None, layer: int, expert: int
+) -> list[Source]:
+    """Every way to bring an expert to ``rank``: from ``holders`` (rank, slot), the host's backup, the checkpoint."""
+    options = [Source(SourceKind.CHECKPOINT)]
+    if backup is not None and backup[layer, expert]:
+        options.append(Source(SourceKind.HOST))
+    for peer, slot in holders:
+        kind = SourceKind.LOCAL if peer == rank else SourceKind.SAME_NODE if node[peer] == node[rank] else SourceKind.OTHER_NODE
+        options.append(Source(kind, peer, slot))
+    return options
 
 
 class _Layer:
@@ -319,17 +360,9 @@ class _Planner:
         return Round(tuple(copies), in_place=in_place, seconds=max(links.seconds().values(), default=0.0))
 
     def _sources(self, draft: _Draft, layer: int, expert: int, rank: int, in_place: bool) -> list[Source]:
-        options = [Source(SourceKind.CHECKPOINT)]
-        backup = self.backups.get(self.node[rank])
-        if backup is not None and backup[layer, expert]:
-            options.append(Source(SourceKind.HOST))
-        for slot, held in enumerate(self.layers[layer].held):
-            if held != expert or (in_place and (layer, slot) in draft.writes):
-                continue
-            peer = self.rank_of_slot[slot]
-            kind = SourceKind.SAME_NODE if self.node[peer] == self.node[rank] else SourceKind.OTHER_NODE
-            options.append(Source(kind, peer, slot))
-        return options
+        held = enumerate(self.layers[layer].held)
+        slots = [s for s, e in held if e == expert and not (in_place and (layer, s) in draft.writes)]
+        return _options(self.node, rank, [(self.rank_of_slot[s], s) for s in slots], self.backups.get(self.node[rank]), layer, expert)
 
     def _permute(self) -> list[LocalMove]:
         """What lies in the right rank but the wrong slot."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from elastic_ep.core.errors import CheckpointError, InvalidInputError
+from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
-from elastic_ep.runtime.weights.base import ExpertSource, SlotLayout, digest_of, zeroed
+from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, read_verified, zeroed
 
 
 class ExpertWeights(NamedTuple):
@@ -41,7 +42,9 @@ class ExpertSlots:
         self.num_experts = num_experts
         self.num_slots = num_slots
         self._layout = layout
-        self._source = source
+        self.shape = (num_layers, num_experts, layout.num_bytes)
+        self.checkpoint = source
+        self.backup: ExpertSource | None = None
         self._is_transposed = is_transposed
         self._num_spare = num_spare
         self._memory: list[list[torch.Tensor]] = [
@@ -58,27 +61,24 @@ class ExpertSlots:
         """The expert's weights in the lowest slot that holds it."""
         return self._resident[layer].get(expert)
 
-    def load(self, load: SlotLoad) -> tuple[int, int]:
-        """Fill a slot. Returns (digest, bytes read). The slot holds nothing until its bytes are verified. Raises CheckpointError."""
+    def load(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
+        """Fill a slot; see `Slots.load`. Without sources, from the checkpoint. Raises CheckpointError."""
         self._check(load)
         layer, slot, expert = load
         self._held[layer].pop(slot, None)
         self._index(layer)
-        memory = self._memory[layer][slot]
-        num_bytes = self._source.read(layer, expert, memory)
-        digest = self._verify(layer, expert, memory)
+        loaded = self._read(layer, expert, self._memory[layer][slot], sources, digest)
         self._held[layer][slot] = expert
         self._index(layer)
-        return digest, num_bytes
+        return loaded
 
-    def stage(self, load: SlotLoad) -> int:
-        """Read and verify one expert beside the live slots, for `adopt`. Returns the bytes read. Raises CheckpointError."""
+    def stage(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
+        """Read and verify one expert beside the live slots, for `adopt`. Raises CheckpointError."""
         self._check(load)
         memory = zeroed(self._layout.num_bytes)
-        num_bytes = self._source.read(load.layer, load.expert, memory)
-        digest = self._verify(load.layer, load.expert, memory)
-        self._staged[load.layer, load.local_slot] = (load.expert, memory, digest)
-        return num_bytes
+        loaded = self._read(load.layer, load.expert, memory, sources, digest)
+        self._staged[load.layer, load.local_slot] = (load.expert, memory, loaded.digest)
+        return loaded
 
     def adopt(self, load: SlotLoad) -> int | None:
         """Put what was staged for the slot into it, without copying. Returns its digest, None if this expert was not staged for it."""
@@ -108,17 +108,23 @@ class ExpertSlots:
         else:
             memory = zeroed(self._layout.num_bytes)
             weights = self._as_weights(memory)
-        self._source.read(layer, expert, memory)
-        self._verify(layer, expert, memory)
+        self._read(layer, expert, memory, () if self.backup is None else (self.backup, self.checkpoint), None)
         self._spare[key] = (memory, weights)
         return weights
 
     def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
-        """uint8 [SlotLayout.num_bytes]: a slot's memory, for whoever sends it to a peer or backs it up."""
+        """uint8 [SlotLayout.num_bytes]: a slot's memory, whatever it holds."""
         return self._memory[layer][slot]
 
+    def bytes_of(self, layer: int, expert: int) -> torch.Tensor | None:
+        """uint8 [SlotLayout.num_bytes]: the memory of a slot that holds the expert, for whoever sends it to a peer or backs it up."""
+        for slot, held in list(self._held[layer].items()):
+            if held == expert:
+                return self._memory[layer][slot]
+        return None
+
     def close(self) -> None:
-        self._source.close()
+        self.checkpoint.close()
 
     def _check(self, load: SlotLoad) -> None:
         layer, slot, expert = load
@@ -127,15 +133,11 @@ class ExpertSlots:
                 f"{load} is outside {len(self._memory)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
             )
 
-    def _verify(self, layer: int, expert: int, memory: torch.Tensor) -> int:
-        digest = digest_of(memory)
-        known = self._digests.setdefault((layer, expert), digest)
-        if digest != known:
-            raise CheckpointError(
-                f"expert {expert} of MoE layer {layer} was read with digest {digest:016x}, its bytes had {known:016x} before; "
-                f"the checkpoint changed or the disk fails: restore the files and restart"
-            )
-        return digest
+    def _read(self, layer: int, expert: int, memory: torch.Tensor, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
+        known = self._digests.get((layer, expert)) if digest is None else digest
+        loaded = read_verified(sources or (self.checkpoint,), layer, expert, memory, known)
+        self._digests[layer, expert] = loaded.digest
+        return loaded
 
     def _index(self, layer: int) -> None:
         held = self._held[layer]

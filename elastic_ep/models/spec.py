@@ -12,6 +12,7 @@ from typing import Any
 from elastic_ep.core.errors import CheckpointError, InvalidInputError
 from elastic_ep.models.families import FAMILIES, ExpertShape, ExpertTensor, Family, get
 from elastic_ep.runtime.weights.headers import ITEM_BYTES, TensorEntry, read_headers
+from elastic_ep.runtime.weights.layout import part_offsets
 
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3", "proportional")
@@ -58,6 +59,10 @@ class ModelSpec:
     @property
     def total_bytes(self) -> int:
         return self.dense_bytes + self.num_layers * self.num_experts * self.expert_bytes
+
+    def slot_bytes(self, dtype: str | None) -> int:
+        """Bytes of one expert in a slot, when computing in `dtype` ("float32", "bfloat16"; None: the checkpoint's)."""
+        return part_offsets(self.family.parts(self.expert_shape), 2 if (dtype or self.dtype) == "bfloat16" else 4)[1]
 
     @property
     def expert_shape(self) -> ExpertShape:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
+
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
+from elastic_ep.runtime.weights.base import ExpertSource, Loaded
 
 
 class SlotLoad(NamedTuple):
@@ -33,14 +36,24 @@ class StepOutput:
 
 
 class Slots(Protocol):
-    """The expert slots of one rank. `stage` may run in another thread than everything else."""
+    """The expert slots of one rank. `stage`, `slot_bytes` and `bytes_of` may run in other threads than everything else.
 
-    def load(self, load: SlotLoad) -> tuple[int, int]:
-        """Read one expert's bytes into a slot and verify them. Returns (digest, bytes read). Raises CheckpointError."""
+    Attributes:
+        shape: (L, E, bytes of a slot).
+        checkpoint: the source that has every expert.
+        backup: a quicker source for experts that have no slot; None: the checkpoint alone.
+    """
+
+    shape: tuple[int, int, int]
+    checkpoint: ExpertSource
+    backup: ExpertSource | None
+
+    def load(self, load: SlotLoad, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
+        """Read one expert's bytes into a slot and verify them; see `read_verified`. The slot holds nothing meanwhile or after an error."""
         ...
 
-    def stage(self, load: SlotLoad) -> int:
-        """Read and verify one expert beside the live slots, in place of what was staged for that slot. Returns the bytes read."""
+    def stage(self, load: SlotLoad, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
+        """The same, beside the live slots, in place of what was staged for that slot."""
         ...
 
     def adopt(self, load: SlotLoad) -> int | None:
@@ -49,6 +62,14 @@ class Slots(Protocol):
 
     def drop_staged(self) -> None:
         """Free whatever is staged."""
+        ...
+
+    def bytes_of(self, layer: int, expert: int) -> torch.Tensor | None:
+        """uint8 [n]: the bytes of an expert that a slot holds, None if none does."""
+        ...
+
+    def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
+        """uint8 [n]: a slot's bytes, whatever they are."""
         ...
 
 

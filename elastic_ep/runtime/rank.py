@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -44,7 +45,11 @@ from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
 from elastic_ep.runtime.engine import Engine, SlotLoad
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.rank_config import RankConfig
-from elastic_ep.runtime.stager import Stager
+from elastic_ep.runtime.stager import Stager, moved_bytes
+from elastic_ep.runtime.upkeep import Upkeep
+from elastic_ep.runtime.weights.host import HostBackup
+from elastic_ep.runtime.weights.peer import Peers, PeerServer
+from elastic_ep.runtime.weights.sources import Sources
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +81,15 @@ class ControlChannel:
 class Rank:
     """One rank: a model, a mesh and a control channel."""
 
-    def __init__(self, config: RankConfig, channel: ControlChannel, engine: Engine, dispatcher: Dispatcher, faults: FaultPlan) -> None:
+    def __init__(
+        self,
+        config: RankConfig,
+        channel: ControlChannel,
+        engine: Engine,
+        dispatcher: Dispatcher,
+        faults: FaultPlan,
+        weights: tuple[PeerServer, str],
+    ) -> None:
         self.config = config
         self.channel = channel
         self.engine = engine
@@ -86,13 +99,15 @@ class Rank:
         self.routing: RoutingTable | None = None
         self.held: dict[tuple[int, int], tuple[int, int]] = {}
         """(layer, physical slot) -> (expert, digest): what this rank's slots do hold."""
+        self.peer_server, self.weights_address = weights
+        self.sources: Sources
         self.stager: Stager
 
     def serve(self) -> int:
         """Load, then obey until told to stop. Returns the exit status."""
         started = time.monotonic()
         self.engine.load_dense()
-        self.stager = Stager(self.engine.slots, self.config.first_slot, self.channel.send, self.faults)
+        self._prepare_weights()
         self.faults.reach("dense_loaded")
         self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
         while True:
@@ -111,6 +126,17 @@ class Rank:
                     if answer is not None:
                         self.channel.send(answer)
 
+    def _prepare_weights(self) -> None:
+        config, slots = self.config, self.engine.slots
+        if config.host_backup_fd >= 0:
+            slots.backup = HostBackup(config.host_backup_fd, *slots.shape)
+        self.peer_server.find = slots.bytes_of
+        self.sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
+        turn = (config.rank, max(config.ep_size, config.rank + 1))
+        upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
+        sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
+        self.stager = Stager(slots, config.first_slot, sources, upkeep, self.channel.send, self.faults)
+
     def _install(self, order: Install) -> Installed | InstallFailed:
         """Match the mesh, load, swap tables. An interrupt (a newer epoch is waiting) ends it early; what was loaded is kept and told."""
         started = time.monotonic()
@@ -119,7 +145,8 @@ class Rank:
         self.stager.cancel()
         topology = Topology(order.slots_per_rank)
         loaded: list[LoadedSlot] = []
-        num_bytes = 0
+        by_source: Counter[str] = Counter()
+        errors: list[str] = []
         linked = self.dispatcher.connect(order.peers, order.deadline_s)
         if isinstance(linked, PeerFailed):
             return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
@@ -128,9 +155,7 @@ class Rank:
                 if isinstance(linked, Interrupted) or self.channel.is_readable():
                     return InstallFailed(order.epoch, tuple(loaded), {}, "")
                 self.faults.reach("load_expert", epoch=order.epoch)
-                slot, read = self._fill(load)
-                loaded.append(slot)
-                num_bytes += read
+                loaded.append(self._fill(load, by_source, errors))
         except CheckpointError as error:
             return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
         shape = (order.num_layers, topology.num_slots)
@@ -139,19 +164,23 @@ class Rank:
         streamed = {(layer, expert): rank for layer, expert, rank in order.streamed}
         self.routing = RoutingTable.build(order.epoch, placement, topology, quotas, streamed)
         self.faults.reach("install_end", epoch=order.epoch)
-        return Installed(order.epoch, tuple(loaded), num_bytes, (time.monotonic() - started) * 1e3)
+        move_ms = (time.monotonic() - started) * 1e3
+        return Installed(order.epoch, tuple(loaded), moved_bytes(by_source), move_ms, tuple(errors))
 
-    def _fill(self, load: LoadOrder) -> tuple[LoadedSlot, int]:
-        """Have a slot hold an expert: it does already, it was staged, or it is read now. Returns it and the bytes read."""
+    def _fill(self, load: LoadOrder, by_source: Counter[str], errors: list[str]) -> LoadedSlot:
+        """Have a slot hold an expert: it does already, it was staged, or it is read now; bytes read and sources that failed are noted."""
         key, local = (load.layer, load.slot), SlotLoad(load.layer, load.slot - self.config.first_slot, load.expert)
-        held, read = self.held.pop(key, None), 0
+        held = self.held.pop(key, None)
         if held is None or held[0] != load.expert:
             digest = self.engine.slots.adopt(local)
             if digest is None:
-                digest, read = self.engine.slots.load(local)
+                loaded = self.engine.slots.load(local, self.sources.chain(load, {}), load.digest)
+                digest = loaded.digest
+                by_source[loaded.kind] += loaded.num_bytes
+                errors += loaded.errors
             held = (load.expert, digest)
         self.held[key] = held
-        return LoadedSlot(load.layer, load.slot, *held), read
+        return LoadedSlot(load.layer, load.slot, *held)
 
     def _run_step(self, order: RunStep) -> StepDone | StepFailed | None:
         if order.epoch != self.epoch or self.routing is None or self.routing.epoch != order.epoch:
@@ -183,6 +212,13 @@ def _beat(channel: ControlChannel, interval_s: float) -> None:
             os._exit(EXIT_CONTROLLER_GONE)
 
 
+def weights_listen(mesh: str) -> str:
+    """Where to listen for requests for weights, beside the address of the mesh."""
+    if mesh.startswith("tcp:"):
+        return f"{mesh.partition('#')[0].rpartition(':')[0]}:0"
+    return f"{mesh}.weights"
+
+
 def run(
     config: RankConfig,
     make_engine: Callable[[], Engine],
@@ -193,14 +229,16 @@ def run(
     try:
         sock = connect(config.controller, config.connect_timeout_s)
         channel = ControlChannel(sock)
-        channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), config.token, config.listen))
+        peer_server = PeerServer(config.rank, weights_listen(config.listen), config.token)
+        weights = peer_server.start()
+        channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), config.token, config.listen, weights))
     except OSError as error:
         log.warning("rank %d: no controller at %s: %s", config.rank, config.controller, error)
         return EXIT_CONTROLLER_GONE
     threading.Thread(target=_beat, args=(channel, config.heartbeat_interval_s), name="heartbeat", daemon=True).start()
     dispatcher = make_dispatcher(sock)
     try:
-        return Rank(config, channel, make_engine(), dispatcher, make_faults(sock)).serve()
+        return Rank(config, channel, make_engine(), dispatcher, make_faults(sock), (peer_server, weights)).serve()
     except ElasticEPError as error:
         channel.send(RankFatal(str(error)))
         return EXIT_FATAL

@@ -14,6 +14,10 @@ class RankConfig:
         listen: address where peers dial this process; unique to the incarnation.
         first_slot: physical id of its first slot.
         exchange_timeout_s: how long dispatch and combine wait for a peer.
+        ep_size: ranks of the group when this one was started.
+        host_backup_fd: an inherited file descriptor of the host's backup, -1 for none.
+        fill_bytes_per_s, scrub_bytes_per_s: see `Upkeep`.
+        guardian_pid: process with which this one ends (the agent of a host without the controller); None for none.
     """
 
     rank: int
@@ -25,3 +29,8 @@ class RankConfig:
     exchange_timeout_s: float
     heartbeat_interval_s: float = 0.1
     connect_timeout_s: float = 10.0
+    ep_size: int = 1
+    host_backup_fd: int = -1
+    fill_bytes_per_s: float = 500e6
+    scrub_bytes_per_s: float = 32e6
+    guardian_pid: int | None = None

@@ -1,18 +1,27 @@
-"""Background loading on a rank: a thread that fills staging memory while steps go on, and says so when all of an order lies ready."""
+"""Background loading on a rank: a thread that fills staging memory while steps go on, and says so when all of an order lies ready.
+
+Between orders the same thread does the rank's upkeep.
+"""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
-from elastic_ep.brain.messages import Stage, Staged, StageFailed
-from elastic_ep.core.errors import CheckpointError
+from elastic_ep.brain.messages import RankFatal, Stage, Staged, StageFailed
+from elastic_ep.core.errors import CheckpointError, WrongExpertError
 from elastic_ep.runtime.engine import SlotLoad, Slots
 from elastic_ep.runtime.faults import FaultPlan
+from elastic_ep.runtime.upkeep import Upkeep
+from elastic_ep.runtime.weights.base import LocalSource
+from elastic_ep.runtime.weights.sources import Sources
 
 _PATIENCE_S = 0.05
+EXIT_WRONG_EXPERT = 5
 
 
 class Stager:
@@ -20,11 +29,22 @@ class Stager:
 
     Args:
         first_slot: physical id of this rank's slot 0.
+        sources: this thread's own.
     """
 
-    def __init__(self, slots: Slots, first_slot: int, send: Callable[[Staged | StageFailed], None], faults: FaultPlan) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        first_slot: int,
+        sources: Sources,
+        upkeep: Upkeep,
+        send: Callable[[Staged | StageFailed | RankFatal], None],
+        faults: FaultPlan,
+    ) -> None:
         self._slots = slots
         self._first_slot = first_slot
+        self._sources = sources
+        self._upkeep = upkeep
         self._send = send
         self._faults = faults
         self._orders: queue.Queue[Stage] = queue.Queue()
@@ -42,7 +62,7 @@ class Stager:
 
     def _run(self) -> None:
         while True:
-            stage = self._orders.get()
+            stage = self._next_order()
             answer: Staged | StageFailed | None
             try:
                 answer = self._stage(stage)
@@ -54,6 +74,20 @@ class Stager:
                 except OSError:
                     return  # the controller is gone; the process is ending
 
+    def _next_order(self) -> Stage:
+        """The next order; upkeep until it comes. A slot with wrong bytes ends the process here and now: no step may use it again."""
+        wait_s = 0.0
+        while True:
+            try:
+                return self._orders.get(timeout=wait_s)
+            except queue.Empty:
+                pass
+            try:
+                wait_s = self._upkeep.step()
+            except WrongExpertError as error:
+                self._send(RankFatal(str(error)))
+                os._exit(EXIT_WRONG_EXPERT)
+
     def _wait_until(self, when: float, stage: Stage) -> None:
         """Keep to the budget, but not past the end of the order."""
         while (left := when - time.monotonic()) > 0 and self._latest == stage.change:
@@ -62,11 +96,22 @@ class Stager:
     def _stage(self, stage: Stage) -> Staged | None:
         self._slots.drop_staged()
         started, num_bytes = time.monotonic(), 0
+        by_source: Counter[str] = Counter()
+        errors: list[str] = []
         for load in stage.loads:
             if self._latest != stage.change:
                 return None
             self._faults.reach("stage_expert")
-            num_bytes += self._slots.stage(SlotLoad(load.layer, load.slot - self._first_slot, load.expert))
+            place = SlotLoad(load.layer, load.slot - self._first_slot, load.expert)
+            loaded = self._slots.stage(place, self._sources.chain(load, stage.weights), load.digest)
+            num_bytes += loaded.num_bytes
+            by_source[loaded.kind] += loaded.num_bytes
+            errors += loaded.errors
             if stage.bytes_per_s > 0:
                 self._wait_until(started + num_bytes / stage.bytes_per_s, stage)
-        return Staged(stage.change, num_bytes)
+        return Staged(stage.change, moved_bytes(by_source), tuple(errors))
+
+
+def moved_bytes(by_source: Counter[str]) -> dict[str, int]:
+    """Without what never left the rank."""
+    return {kind: num_bytes for kind, num_bytes in by_source.items() if kind != LocalSource.kind}

@@ -9,17 +9,21 @@ from elastic_ep.brain.planner import PlanSettings
 from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.brain.settings import BrainSettings
 from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.links import LinkSpeeds
 from elastic_ep.core.topology import Topology
 from elastic_ep.models.kernels import kernels
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.faults import parse_fault
 
+HOST_SPEEDS = LinkSpeeds(same_node=2e9, other_node=1e9, host=5e9, checkpoint=1.5e9)
+"""bytes per second between processes of a CPU host, as benchmarks/recovery.py measures them; they choose among sources"""
 _FLAGS = {
     "kv_tokens": "--kv-tokens",
     "max_sequences": "--max-num-seqs",
     "max_batch_tokens": "--max-num-batched-tokens",
     "prefill_chunk": "--prefill-chunk",
     "max_waiting": "--max-waiting",
+    "staging_bytes": "--staging-bytes",
     "step_timeout_s": "--step-timeout",
     "heartbeat_timeout_s": "--heartbeat-timeout",
 }
@@ -34,7 +38,10 @@ class ServeConfig:
         kv_tokens: positions of KV each rank can hold.
         when_short: with fewer live slots than experts, "stream" the rest through a spare buffer, or "refuse" with 503.
         restart: "always" gives a dead rank's seat a new process, which rejoins while the others serve; "never" leaves it empty.
+        host_backup: "experts" keeps a copy of all experts in the host's memory; "off" does not.
         rebalance_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
+        staging_bytes: what a rank may hold beside its slots while experts move in the background.
+        scrub_bytes_per_s: how fast a rank looks whether its slots still hold what was verified; 0 never.
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
     """
@@ -55,7 +62,10 @@ class ServeConfig:
     step_timeout_s: float = 10.0
     heartbeat_timeout_s: float = 0.9
     restart: str = "always"
+    host_backup: str = "off"
     rebalance_bytes_per_s: float = 0.0
+    staging_bytes: int = 1 << 30
+    scrub_bytes_per_s: float = 32e6
     detect: bool = True
     log_level: str = "WARNING"
     faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
@@ -65,7 +75,9 @@ class ServeConfig:
             raise InvalidInputError(f"--ep-size is {self.ep_size}; give at least 1")
         if not 0 <= self.rebalance_bytes_per_s < float("inf"):
             raise InvalidInputError(f"--rebalance-bytes-per-second is {self.rebalance_bytes_per_s:g}; give 0 (no limit) or more")
-        at_least_one = ("kv_tokens", "max_sequences", "max_batch_tokens", "prefill_chunk", "max_waiting")
+        if not 0 <= self.scrub_bytes_per_s < float("inf"):
+            raise InvalidInputError(f"--scrub-bytes-per-second is {self.scrub_bytes_per_s:g}; give 0 (never) or more")
+        at_least_one = ("kv_tokens", "max_sequences", "max_batch_tokens", "prefill_chunk", "max_waiting", "staging_bytes")
         for name, value in ((name, getattr(self, name)) for name in at_least_one):
             if value < 1:
                 raise InvalidInputError(f"{_FLAGS[name]} is {value}; give at least 1")
@@ -117,11 +129,18 @@ class ServeConfig:
         return SchedulerLimits(kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, page)
 
     def brain_settings(self, spec: ModelSpec) -> BrainSettings:
+        slot_bytes = spec.slot_bytes(self.dtype)
         return BrainSettings(
             topology=self.topology(spec.num_experts),
             num_layers=spec.num_layers,
-            bytes_per_expert=spec.expert_bytes,
-            plan=PlanSettings(spec.num_experts, stream_when_short=self.when_short == "stream"),
+            bytes_per_expert=slot_bytes,
+            plan=PlanSettings(
+                spec.num_experts,
+                stream_when_short=self.when_short == "stream",
+                expert_bytes=slot_bytes,
+                speeds=HOST_SPEEDS,
+                staging_slots=max(1, self.staging_bytes // slot_bytes),
+            ),
             limits=self.limits(),
             install_timeout_s=self.step_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s if self.detect else float("inf"),

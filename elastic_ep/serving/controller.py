@@ -10,10 +10,13 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import planner
@@ -26,6 +29,7 @@ from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess
 from elastic_ep.runtime.rank_config import RankConfig
+from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
@@ -52,6 +56,14 @@ def remove_stale_run_dirs() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _planned(command: ev.MakePlan, solve: Callable[[], tuple[ev.GroupPlan, ...]]) -> ev.Planned:
+    try:
+        first, *then = solve()
+        return ev.Planned(command.epoch, first, change=command.change, then=tuple(then))
+    except InsufficientSlotsError as error:
+        return ev.Planned(command.epoch, None, str(error), command.change)
+
+
 class Controller:
     """Owns the rank processes of one server and drives its brain. Use as an async context manager; `wait_serving` then waits for ranks."""
 
@@ -71,6 +83,8 @@ class Controller:
         self._processes: dict[tuple[int, int], LocalProcess] = {}
         self._unreported: set[tuple[int, int]] = set()
         """processes asked for, of which the launcher has said nothing yet"""
+        self._backup_fd = -1
+        self._backup: HostBackup | None = None
         self._streams: dict[str, RequestStream] = {}
         self._queue: deque[ev.Event] = deque()
         self._draining = False
@@ -100,6 +114,11 @@ class Controller:
         control = self._run_dir / "control.sock"
         self._control = f"unix:{control}"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
+        if self.config.host_backup == "experts":
+            shape = (self.spec.num_layers, self.spec.num_experts, self.spec.slot_bytes(self.config.dtype))
+            self._backup_fd = HostBackup.create(*shape)
+            self._backup = HostBackup(self._backup_fd, *shape)
+            log.warning("host backup: %d bytes of this host's memory for all experts, filled while serving", self._backup.num_bytes)
         self.brain = Brain(self.settings, time.monotonic())
         self._start_ranks()
         self._set_timer()
@@ -111,7 +130,8 @@ class Controller:
 
     def _start_launcher(self) -> None:
         preload = "elastic_ep.models.worker:preload"
-        self._launcher = Launcher(preload, str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost)
+        pass_fds = () if self._backup_fd < 0 else (self._backup_fd,)
+        self._launcher = Launcher(preload, str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost, pass_fds)
         self._launcher.start(self._loop)
 
     def _start_rank(self, rank: int, incarnation: int) -> None:
@@ -121,6 +141,7 @@ class Controller:
         self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
+        topology = self.brain.state.topology
         listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
         config = RankConfig(
             rank,
@@ -128,14 +149,18 @@ class Controller:
             self._control,
             listen,
             self._token,
-            int(self.settings.topology.first_slot[rank]),
+            int(topology.first_slot[rank]),
             exchange_timeout_s=self.settings.step_timeout_s / 2,
             heartbeat_interval_s=HEARTBEAT_INTERVAL_S if self.config.detect else NO_HEARTBEAT_S,
+            ep_size=topology.ep_size,
+            host_backup_fd=self._backup_fd,
+            fill_bytes_per_s=self.config.rebalance_bytes_per_s or RankConfig.fill_bytes_per_s,
+            scrub_bytes_per_s=self.config.scrub_bytes_per_s,
         )
         engine = {
             "checkpoint_dir": str(self.config.checkpoint),
             "rank": rank,
-            "local_slots": self.settings.topology.slots_per_rank[rank],
+            "local_slots": topology.slots_per_rank[rank],
             "dtype": self.config.dtype,
             "kv_tokens": self.config.kv_tokens,
             "fast_math": self.config.fast_math,
@@ -172,6 +197,8 @@ class Controller:
         for process in self._processes.values():
             process.close()
         await self._loop.run_in_executor(None, self._launcher.close)
+        if self._backup_fd >= 0:
+            os.close(self._backup_fd)
         self.end_streams()
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
@@ -241,13 +268,23 @@ class Controller:
                 self.stopped.set()
 
     def _make_plan(self, command: ev.MakePlan) -> None:
-        max_moves = 0 if command.change is None else None
-        contents = self.brain.state.contents.experts
-        try:
-            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, contents, max_moves=max_moves)
-            self._queue.append(ev.Planned(command.epoch, plan, change=command.change))
-        except InsufficientSlotsError as error:
-            self._queue.append(ev.Planned(command.epoch, None, str(error), command.change))
+        """A recovery is solved at once: nothing runs until it is. A change is solved beside the steps."""
+        state = self.brain.state
+        arguments = (self.settings.plan, state.topology, command.active, state.contents.experts.copy(), None, self._backups())
+        if command.change is None:
+            self._queue.append(_planned(command, lambda: (planner.plan(*arguments),)))
+            return
+        solving = self._loop.run_in_executor(None, _planned, command, lambda: planner.plan_change(*arguments))
+        solving.add_done_callback(lambda done: None if done.cancelled() or self.stopped.is_set() else self._feed(done.result()))
+
+    def _backups(self) -> dict[str, NDArray[np.bool_]]:
+        """What is in this host's memory, under the label of each of its nodes."""
+        if self._backup is None:
+            return {}
+        topology = self.brain.state.topology
+        labels = topology.labels("node" if "node" in topology.domains else "rank")
+        experts = self._backup.experts
+        return {labels[rank]: experts for rank, _ in self._processes}
 
     # ---- ranks
 
@@ -367,7 +404,11 @@ class Controller:
         self.eventlog.close()
 
     def status(self) -> dict[str, Any]:
-        return status_object(self.brain.state, {key: process.pid for key, process in self._processes.items()})
+        status = status_object(self.brain.state, {key: process.pid for key, process in self._processes.items()})
+        if self._backup is not None:
+            ready = int(self._backup.experts.sum())
+            status["host_backup"] = {"bytes": self._backup.num_bytes, "experts": ready, "of": self._backup.experts.size}
+        return status
 
     def events(self) -> AsyncGenerator[dict[str, Any], None]:
         return self.eventlog.subscribe()

@@ -94,12 +94,13 @@ class World:
 
     def make_plan(self, command: ev.MakePlan) -> ev.Planned:
         try:
-            contents, max_moves = self.brain.state.contents.experts, 0 if command.change is None else None
-            plan = planner.plan(self.settings.plan, self.settings.topology, command.active, contents, max_moves=max_moves)
+            solve = planner.plan if command.change is None else planner.plan_change
+            plans = solve(self.settings.plan, self.brain.state.topology, command.active, self.brain.state.contents.experts)
         except InsufficientSlotsError as error:
             return ev.Planned(command.epoch, None, str(error), command.change)
+        plan, *then = plans if isinstance(plans, tuple) else (plans,)
         self.plans.append(plan)
-        return ev.Planned(command.epoch, plan, change=command.change)
+        return ev.Planned(command.epoch, plan, change=command.change, then=tuple(then))
 
     def restarted(self, rank: int, incarnation: int) -> None:
         """A new process sits down: it has nothing, and says so when its turn comes."""
@@ -153,7 +154,7 @@ class World:
                 self.feed(ev.RankConnected(Hello(rank, self.incarnation[rank], 100 + rank, "h", "t", f"unix:/{rank}.new")))
                 self.reply(rank, DenseLoaded(0, 1.0))
             case Stage():
-                self.reply(rank, Staged(message.change, 1000 * len(message.loads)))
+                self.reply(rank, Staged(message.change, {"checkpoint": 1000 * len(message.loads)}))
             case Install():
                 self.install(rank, message)
             case RunStep():
@@ -181,7 +182,7 @@ class World:
             (layer, slot): int(wanted[layer, slot]) for layer in range(len(wanted)) for slot in mine if wanted[layer, slot] >= 0
         }
         self.epoch_of[rank] = message.epoch
-        self.reply(rank, Installed(message.epoch, tuple(loaded), 1000 * len(loaded), 0.1))
+        self.reply(rank, Installed(message.epoch, tuple(loaded), {"checkpoint": 1000 * len(loaded)}, 0.1))
 
     def compute(self, rank: int, message: RunStep) -> list[SampledToken]:
         out = []

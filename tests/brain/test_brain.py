@@ -505,7 +505,7 @@ def test_a_copy_with_another_digest_is_refused():
     ((rank, install),) = [(r, m) for r, m in world.inbox if isinstance(m, Install) and m.loads]
     loaded = [LoadedSlot(order.layer, order.slot, order.expert, 8) for order in install.loads]
     world.mute.add(rank)
-    world.say(rank, Installed(install.epoch, tuple(loaded), 1000, 0.1))
+    world.say(rank, Installed(install.epoch, tuple(loaded), {}, 0.1))
     assert f"fatal: layer {loaded[0].layer} expert {loaded[0].expert}: digest" in world.brain.state.seats[rank].failure
     assert world.brain.state.contents.experts[loaded[0].layer, loaded[0].slot] == -1
     world.settle()
@@ -588,7 +588,7 @@ def test_a_late_report_does_not_bring_back_what_a_newer_order_overwrites():
             old = next((o for o in first[r].loads if (o.layer, o.slot) == key), None)
             if old is not None and old.expert != order.expert:
                 loaded = LoadedSlot(old.layer, old.slot, old.expert, 7)
-                world.say(r, Installed(first[r].epoch, (loaded,), 0, 0.1))
+                world.say(r, Installed(first[r].epoch, (loaded,), {}, 0.1))
                 assert world.brain.state.contents.experts[key] == -1
     world.settle()
     assert not world.brain.state.contents.mismatches(world.brain.state.plan.placement)

@@ -183,7 +183,7 @@ def test_a_refusing_group_serves_again_when_a_rank_comes_back():
 
 def test_stale_staged_is_ignored():
     world = restarting_world()
-    world.say(1, Staged(99, 5))
+    world.say(1, Staged(99, {}))
     assert world.brain.state.change is None
 
 

@@ -44,7 +44,7 @@ class World:
         for layer, row in enumerate(held):
             for slot, expert in enumerate(row):
                 if expert != EMPTY:
-                    self.digests[layer, slot], _ = self.engine.slots.load(SlotLoad(layer, slot, int(expert)))
+                    self.digests[layer, slot] = self.engine.slots.load(SlotLoad(layer, slot, int(expert))).digest
         placement = ExpertPlacement(held, spec.num_experts)
         streamed = dict.fromkeys(placement.missing_experts(), 0)
         self.routing = RoutingTable.build(1, placement, Topology((held.shape[1],)), streamed=streamed)

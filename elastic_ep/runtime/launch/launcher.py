@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,17 @@ class ProcessEvent:
 
 
 class Launcher:
-    """One zygote. `start()` returns at once; spawns asked for before it is ready wait in its socket."""
+    """One zygote. `start()` returns at once; spawns asked for before it is ready wait in its socket. Ranks inherit `pass_fds`."""
 
-    def __init__(self, preload: str, preload_argument: str, on_event: Callable[[ProcessEvent], None], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        preload: str,
+        preload_argument: str,
+        on_event: Callable[[ProcessEvent], None],
+        on_lost: Callable[[], None],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        self._pass_fds = tuple(pass_fds)
         self._preload = preload
         self._argument = preload_argument
         self._on_event = on_event
@@ -57,7 +65,9 @@ class Launcher:
         command = [sys.executable, "-m", "elastic_ep.runtime.launch.zygote", "--fd", str(theirs.fileno())]
         command += ["--preload", self._preload, "--preload-argument", self._argument]
         env = os.environ | ONE_THREAD
-        self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=env, start_new_session=True, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, pass_fds=(theirs.fileno(), *self._pass_fds), env=env, start_new_session=True, stdin=subprocess.DEVNULL
+        )
         theirs.close()
         self._sock, self._loop = ours, loop
         loop.add_reader(ours.fileno(), self._readable)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -15,8 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 import xxhash
 
-ALIGNMENT = 64
-"""bytes; matrix kernels may pick another order of sums for a matrix that starts elsewhere in a cache line"""
+from elastic_ep.core.errors import CheckpointError
+from elastic_ep.runtime.weights.layout import part_offsets
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,12 @@ class SlotLayout:
     @cached_property
     def offsets(self) -> dict[str, int]:
         """Byte offset of each part."""
-        out, at = {}, 0
-        for name, shape in self.parts:
-            out[name] = at
-            at = _align(at + math.prod(shape) * self.dtype.itemsize)
-        return out
+        return part_offsets(self.parts, self.dtype.itemsize)[0]
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of a slot, padding between parts included."""
-        name, shape = self.parts[-1]
-        return _align(self.offsets[name] + math.prod(shape) * self.dtype.itemsize)
+        return part_offsets(self.parts, self.dtype.itemsize)[1]
 
     def views(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of a slot (uint8 [num_bytes]) as tensors that share its memory."""
@@ -68,17 +64,73 @@ class Piece(NamedTuple):
 
 
 class ExpertSource(Protocol):
-    """A place that has experts. Three methods; a source that has lost one raises CheckpointError (or its own kin)."""
+    """A place that has experts. `kind` is its name in `bytes_moved`: "peer", "host", "checkpoint", or "local" for this rank itself."""
 
-    def has(self, layer: int, expert: int) -> bool:
-        """Whether `read` could succeed now. Never blocks for long."""
-        ...
+    @property
+    def kind(self) -> str: ...
 
     def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
-        """Fill a slot (uint8 [SlotLayout.num_bytes]) with the expert's bytes. Returns the bytes read from the source."""
+        """Fill a slot (uint8 [SlotLayout.num_bytes]) with the expert's bytes. Returns the bytes read from the source. Raises
+        CheckpointError when it does not have the expert, or not in time."""
         ...
 
     def close(self) -> None: ...
+
+
+class LocalSource:
+    """The `ExpertSource` of this rank's own slots. `find(layer, expert)` gives a slot's bytes, None if no slot holds it."""
+
+    kind = "local"
+
+    def __init__(self, find: Callable[[int, int], torch.Tensor | None]) -> None:
+        self._find = find
+
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
+        found = self._find(layer, expert)
+        if found is None:
+            raise CheckpointError(f"no slot of this rank holds expert {expert} of MoE layer {layer}")
+        slot.copy_(found)
+        return len(slot)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Loaded(NamedTuple):
+    """One expert's bytes, read whole and verified.
+
+    Attributes:
+        kind: the source that had them.
+        errors: the sources that were asked first, and why they were passed over.
+    """
+
+    digest: int
+    kind: str
+    num_bytes: int
+    errors: tuple[str, ...] = ()
+
+
+def read_verified(sources: Sequence[ExpertSource], layer: int, expert: int, slot: torch.Tensor, digest: int | None) -> Loaded:
+    """Fill a slot from the first source whose bytes have the digest; None takes those of the first that answers.
+
+    Raises CheckpointError of the last source when none has them.
+    """
+    errors: list[str] = []
+    for source in sources:
+        try:
+            num_bytes = source.read(layer, expert, slot)
+            found = digest_of(slot)
+            if digest is not None and found != digest:
+                raise CheckpointError(
+                    f"expert {expert} of MoE layer {layer} was read with digest {found:016x}, its bytes had {digest:016x} before; "
+                    f"the {source.kind}'s copy changed or its memory or disk fails: restore it and restart"
+                )
+            return Loaded(found, source.kind, num_bytes, tuple(errors))
+        except CheckpointError as error:
+            if source is sources[-1]:
+                raise
+            errors.append(f"{source.kind}: {error}")
+    raise AssertionError("no source given")
 
 
 def zeroed(num_bytes: int) -> torch.Tensor:
@@ -89,7 +141,3 @@ def zeroed(num_bytes: int) -> torch.Tensor:
 def digest_of(slot: torch.Tensor) -> int:
     """xxh3_64 over a slot's bytes (uint8 [num_bytes])."""
     return xxhash.xxh3_64_intdigest(slot.numpy().data)
-
-
-def _align(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

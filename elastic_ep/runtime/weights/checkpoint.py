@@ -80,13 +80,12 @@ class CheckpointSource:
         pieces: (MoE layer, expert) -> what to read and where it goes; the model family knows the names.
     """
 
+    kind = "checkpoint"
+
     def __init__(self, reader: TensorReader, layout: SlotLayout, pieces: Callable[[int, int], Sequence[Piece]]):
         self._reader = reader
         self._layout = layout
         self._pieces = pieces
-
-    def has(self, layer: int, expert: int) -> bool:
-        return True
 
     def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
         parts = self._layout.views(slot)

@@ -1,0 +1,101 @@
+"""One copy of all experts in a host's memory, in pages that every rank of the host maps and that outlive any of them.
+
+The memory is a memfd: POSIX shared memory without a name. Whoever starts the host's ranks makes it and hands it down; the kernel frees
+it with the last process that has it, so nothing is left to clean up, also after `kill -9`, and no limit of /dev/shm applies.
+
+Layout: digest uint64 [L, E], ready uint8 [L, E], padding to a page, then the slots' bytes [L, E, slot_bytes]. A slot's bytes are written
+first, its digest next, its ready flag last; two ranks that write the same expert write the same bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_ep.core.errors import CheckpointError, InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+
+_PAGE = mmap.PAGESIZE
+
+
+class HostBackup:
+    """The `ExpertSource` of a host's memory, mapped into this process. Needs no tensor library, as the controller has none.
+
+    Args:
+        fd: from `create`. It stays the caller's.
+    """
+
+    kind = "host"
+
+    def __init__(self, fd: int, num_layers: int, num_experts: int, slot_bytes: int) -> None:
+        self._fd = fd
+        self._slot_bytes = slot_bytes
+        count = num_layers * num_experts
+        self.num_bytes, start = _sizes(count, slot_bytes)
+        if os.fstat(fd).st_size != self.num_bytes:
+            raise InvalidInputError(
+                f"the host backup has {os.fstat(fd).st_size} bytes, {num_layers} layers x {num_experts} experts of {slot_bytes} bytes "
+                f"need {self.num_bytes}; it belongs to another model"
+            )
+        memory = np.frombuffer(mmap.mmap(fd, self.num_bytes), dtype=np.uint8)
+        self._digests: NDArray[np.uint64] = memory[: count * 8].view(np.uint64).reshape(num_layers, num_experts)
+        self._ready: NDArray[np.uint8] = memory[count * 8 : count * 9].reshape(num_layers, num_experts)
+        self._slots: NDArray[np.uint8] = memory[start:].reshape(num_layers, num_experts, slot_bytes)
+
+    @staticmethod
+    def create(num_layers: int, num_experts: int, slot_bytes: int) -> int:
+        """The file descriptor of an empty backup. Memory is taken as it fills. Raises InvalidInputError when the host has too little."""
+        num_bytes, _ = _sizes(num_layers * num_experts, slot_bytes)
+        free = _available_bytes()
+        if num_bytes > free:
+            raise InvalidInputError(
+                f"--host-backup experts needs {num_bytes} bytes, this host has {free} available; give --host-backup off, or free memory"
+            )
+        fd = os.memfd_create("elastic-ep-experts", os.MFD_CLOEXEC)
+        os.ftruncate(fd, num_bytes)
+        return fd
+
+    @property
+    def experts(self) -> NDArray[np.bool_]:
+        """bool [L, E]: what it holds now."""
+        return self._ready.astype(bool)
+
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
+        """See `ExpertSource.read`."""
+        if not self._ready[layer, expert]:
+            raise CheckpointError(f"expert {expert} of MoE layer {layer} is not in the host backup yet")
+        slot.numpy()[:] = self._slots[layer, expert]
+        return self._slot_bytes
+
+    def write(self, layer: int, expert: int, slot: torch.Tensor, digest: int) -> None:
+        """Take a copy of verified bytes (uint8 [slot_bytes])."""
+        self._slots[layer, expert] = slot.numpy()
+        self._digests[layer, expert] = digest
+        self._ready[layer, expert] = 1
+
+    def digest(self, layer: int, expert: int) -> int:
+        """What `write` was told; 0 while it is not there."""
+        return int(self._digests[layer, expert])
+
+    def close(self) -> None:
+        """The mapping goes with the process: views of it may still be in use."""
+
+
+def _sizes(count: int, slot_bytes: int) -> tuple[int, int]:
+    """(bytes of the whole, where the slots begin)."""
+    start = -(-count * 9 // _PAGE) * _PAGE
+    return start + count * slot_bytes, start
+
+
+def _available_bytes() -> int:
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62

@@ -1,0 +1,158 @@
+"""Experts from other ranks' slots, beside the traffic of the steps: its own connections, its own threads, in chunks.
+
+The channel begins with the mesh's handshake (`dispatch/handshake.py`). A request is (layer, expert), 8 bytes; the answer is a length,
+8 bytes, and so many bytes, or length 0 if the peer does not hold the expert. What a peer sends while it overwrites the slot is found by
+its digest, like every other wrong byte.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
+
+from elastic_ep.core.errors import CheckpointError
+from elastic_ep.runtime.control.address import connect
+from elastic_ep.runtime.dispatch.addresses import listen
+from elastic_ep.runtime.dispatch.handshake import HELLO_BYTES, WELCOME_BYTES, pack_hello, pack_welcome, parse_hello, parse_welcome
+
+log = logging.getLogger(__name__)
+
+_REQUEST = struct.Struct("<II")
+_LENGTH = struct.Struct("<Q")
+_CHUNK_BYTES = 1 << 18
+_CONNECT_TIMEOUT_S = 2.0
+_IDLE_TIMEOUT_S = 1.0
+"""without a byte for so long, a peer is stopped or cut off, and the next source is asked"""
+
+
+class PeerServer:
+    """Answers other ranks' requests for experts.
+
+    Attributes:
+        find: (layer, expert) -> a slot's bytes (uint8 [n]), None if no slot holds it; set once there are slots.
+    """
+
+    def __init__(self, rank: int, address: str, token: str) -> None:
+        self._rank = rank
+        self._wanted = address
+        self._token = token
+        self.find: Callable[[int, int], torch.Tensor | None] = lambda layer, expert: None
+
+    def start(self) -> str:
+        """Listen, and return the address to announce. Its threads end with the process."""
+        listener, address = listen(self._wanted)
+        listener.setblocking(True)
+        threading.Thread(target=self._accept, args=(listener,), name="weights", daemon=True).start()
+        return address
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = listener.accept()
+            threading.Thread(target=self._serve, args=(sock,), name="weights-peer", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            sock.settimeout(_CONNECT_TIMEOUT_S)
+            raw = _receive(sock, bytearray(HELLO_BYTES))
+            hello = parse_hello(bytes(raw), self._token)
+            if hello is None or hello.target != self._rank:
+                log.warning("a request for weights without the right token was refused")
+                return
+            sock.sendall(pack_welcome(bytes(raw), 0, self._token))
+            sock.settimeout(None)
+            while True:
+                layer, expert = _REQUEST.unpack(_receive(sock, bytearray(_REQUEST.size)))
+                found = self.find(layer, expert)
+                data = memoryview(b"") if found is None else found.numpy().data
+                sock.sendall(_LENGTH.pack(len(data)))
+                for start in range(0, len(data), _CHUNK_BYTES):
+                    sock.sendall(data[start : start + _CHUNK_BYTES])
+        except OSError:
+            pass  # the peer is done, or gone
+        finally:
+            sock.close()
+
+
+class PeerSource:
+    """The `ExpertSource` of one other rank. Not thread-safe."""
+
+    kind = "peer"
+
+    def __init__(self, rank: int, address: str, peer: int, peer_address: str, token: str) -> None:
+        self._hello = pack_hello(rank, address, peer, peer_address, 0, token)
+        self._peer = peer
+        self._address = peer_address
+        self._token = token
+        self._sock: socket.socket | None = None
+
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
+        """See `ExpertSource.read`. Raises CheckpointError when the peer is gone, silent for a second, or does not have it."""
+        view = slot.numpy().data
+        try:
+            sock = self._connected()
+            sock.sendall(_REQUEST.pack(layer, expert))
+            (length,) = _LENGTH.unpack(_receive(sock, bytearray(_LENGTH.size)))
+            if length == len(view):
+                _receive(sock, view)
+                return len(view)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"rank {self._peer} at {self._address}: {error or type(error).__name__}") from None
+        self.close()
+        raise CheckpointError(f"rank {self._peer} sent {length} bytes for expert {expert} of MoE layer {layer}, not {len(view)}")
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def _connected(self) -> socket.socket:
+        if self._sock is None:
+            sock = connect(self._address, _CONNECT_TIMEOUT_S)
+            self._sock = sock
+            sock.settimeout(_IDLE_TIMEOUT_S)
+            sock.sendall(self._hello)
+            welcome = bytes(_receive(sock, bytearray(WELCOME_BYTES)))
+            if parse_welcome(welcome, self._hello, self._token) is None:
+                raise ConnectionRefusedError("it does not know the token")
+        return self._sock
+
+
+class Peers:
+    """A source for each rank that can be asked, made when first needed."""
+
+    def __init__(self, rank: int, address: str, token: str) -> None:
+        self._rank, self._address, self._token = rank, address, token
+        self._sources: dict[int, tuple[str, PeerSource]] = {}
+
+    def source(self, peer: int, addresses: Mapping[int, str]) -> PeerSource | None:
+        """The source of a rank, None if its address is not known."""
+        address = addresses.get(peer)
+        if not address or peer == self._rank:
+            return None
+        known = self._sources.get(peer)
+        if known is None or known[0] != address:
+            if known is not None:
+                known[1].close()
+            known = self._sources[peer] = (address, PeerSource(self._rank, self._address, peer, address, self._token))
+        return known[1]
+
+    def close(self) -> None:
+        for _, source in self._sources.values():
+            source.close()
+        self._sources.clear()
+
+
+def _receive(sock: socket.socket, into: bytearray | memoryview) -> bytearray | memoryview:
+    view, done = memoryview(into), 0
+    while done < len(view):
+        got = sock.recv_into(view[done:])
+        if not got:
+            raise ConnectionResetError("it closed the connection")
+        done += got
+    return into
