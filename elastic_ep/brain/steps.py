@@ -29,6 +29,7 @@ def run_step(state: BrainState, now: float) -> None:
     if not any(work.values()):
         if state.group.phase is Phase.RESUMING:
             resumed(state, now, "nothing to resume")
+            run_step(state, now)  # what waited for the end of the recovery begins now, not with the next event
         return
     state.steps_run += 1
     state.step = Transaction(state.steps_run, set(work), now, now + state.settings.step_timeout_s, work)
