@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elastic_ep.testing.client import StreamRecord
+    from elastic_ep.testing.history import Verdict
     from elastic_ep.testing.server import ServerProcess
 
 NUM_REQUESTS = 16
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
         outcome = asyncio.run(_demo(checkpoint, view))
     report = outcome.report()
     print(json.dumps(report)) if args.json else view.summary(report)
-    good = report["identical_to_fault_free"] and not (report["lost_tokens"] or report["duplicated_tokens"] or report["failed_requests"])
-    return 0 if good else 1
+    return 1 if outcome.verdict.violations or report["failed_requests"] else 0
 
 
 def _folder() -> Path:
@@ -64,8 +64,9 @@ def prompts() -> list[list[int]]:
 
 @dataclass
 class Outcome:
-    """Both runs of the same requests, and what the server recorded."""
+    """Both runs of the same requests, what the judge says of them, and what the server recorded."""
 
+    verdict: Verdict
     fault_free: list[StreamRecord]
     faulty: list[StreamRecord]
     recoveries: list[dict[str, Any]]
@@ -79,7 +80,8 @@ class Outcome:
             "tokens_received": sum(len(b.token_ids) for _, b in pairs),
             "lost_tokens": sum(max(0, len(a.token_ids) - len(b.token_ids)) for a, b in pairs),
             "duplicated_tokens": sum(max(0, len(b.token_ids) - len(a.token_ids)) for a, b in pairs),
-            "identical_to_fault_free": all(a.token_ids == b.token_ids for a, b in pairs),
+            "identical_to_fault_free": not self.verdict.violations,
+            "violations": self.verdict.counts,
             "failed_requests": sum(bool(r.error) or r.finish != "length" for a, b in pairs for r in (a, b)),
             "steady_itl_ms": round(median(gap for record in self.fault_free for gap in record.gaps_s) * 1e3, 3),
             "longest_gap_ms": round(max(gap for record in self.faulty for gap in record.gaps_s) * 1e3, 3),
@@ -89,22 +91,24 @@ class Outcome:
 
 async def _demo(checkpoint: Path, view: Any) -> Outcome:
     from elastic_ep.testing.client import stream_all
+    from elastic_ep.testing.history import History, judge
     from elastic_ep.testing.server import ServerProcess
 
     view.say(f"starting {EP_SIZE} ranks")
     arguments = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", str(NUM_REDUNDANT_EXPERTS))
+    history = History()
     with ServerProcess(checkpoint, *arguments) as server:
         facts = server.facts
         view.say(f"serving {facts['slots']} slots for {facts['experts']} experts in each of {facts['layers']} layers on {facts['url']}")
-        parameters = {"max_tokens": NUM_TOKENS, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+        parameters: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0.8, "seed": 7, "ignore_eos": True}
         async with _watched(server, view):
             view.say(f"{NUM_REQUESTS} streams of {NUM_TOKENS} tokens, no faults")
-            fault_free = await stream_all(server.url, facts["model"], prompts(), **parameters)
+            fault_free = await stream_all(server.url, facts["model"], prompts(), history, True, **parameters)
             view.say("the same requests, with faults")
             faults = asyncio.create_task(_inject(server, view))
-            faulty = await stream_all(server.url, facts["model"], prompts(), **parameters)
+            faulty = await stream_all(server.url, facts["model"], prompts(), history, **parameters)
             await faults
-        return Outcome(fault_free, faulty, server.status()["recoveries"])
+        return Outcome(judge(history.events), fault_free, faulty, server.status()["recoveries"])
 
 
 @contextlib.asynccontextmanager
