@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dispatch_cuda import CpuFront
 from dispatch_processes import Ranks
 from dispatch_world import TOKEN, World
 
+from elastic_ep.runtime.dispatch.cuda.region import Capacity
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 
@@ -29,7 +31,8 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     """make_world(backend, num_ranks, **options of the socket backend) -> a connected World, closed at the end.
 
     Backends: `local`; `unix` (rows in shared memory); `inline` (Unix, rows in the stream); `page` (Unix, one page of shared memory:
-    only small batches fit); `numpy` (as `unix`, as if the extension had not been built); `tcp`; `mixed` (odd ranks listen on TCP).
+    only small batches fit); `numpy` (as `unix`, as if the extension had not been built); `tcp`; `mixed` (odd ranks listen on TCP);
+    `cuda` (ranks on streams of one GPU).
     """
     worlds: list[World] = []
 
@@ -44,6 +47,10 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 monkeypatch.setattr(f"elastic_ep.runtime.dispatch.{module}.compiled", None)
         if backend == "local":
             world = World({r: LocalDispatcher() for r in range(num_ranks)}, {0: "local"})
+        elif backend == "cuda":
+            capacity = Capacity(num_ranks, 24, 2, max_tokens=1024, top_k=8, hidden=1024, itemsize=4, max_replicas=32)
+            fronts = {r: CpuFront(r, address(backend, r), capacity, token=TOKEN, **options) for r in range(num_ranks)}
+            world = World(dict(fronts), {r: d.listen() for r, d in fronts.items()})
         else:
             options.setdefault("shared_bytes", {"inline": 0, "page": 4096}.get(backend, 1 << 28))
             ranks = {
@@ -66,7 +73,8 @@ def make_ranks(folder: Path) -> Iterator[Callable[..., Ranks]]:
     made: list[Ranks] = []
 
     def make(backend: str, num_ranks: int, **options: Any) -> Ranks:
-        options.setdefault("shared_bytes", 0 if backend == "inline" else 1 << 28)
+        if backend != "cuda":
+            options.setdefault("shared_bytes", 0 if backend == "inline" else 1 << 28)
         ranks = Ranks(backend, folder / str(len(made)), options)
         made.append(ranks)
         for rank in range(num_ranks):

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from dispatch_cases import Batch, expected, make_batch, make_routing, run_experts, same_bits
+from dispatch_cuda import CpuFront
 from dispatch_world import TOKEN
 
 from elastic_ep.runtime.dispatch.base import DispatchHandle, Interrupted, PeerFailed, StepPoint
+from elastic_ep.runtime.dispatch.cuda.region import Capacity
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 
 EXPERTS, TOP_K = 10, 3
@@ -51,7 +53,8 @@ class Fault:
     """What a rank does to itself in a step.
 
     Attributes:
-        point: `before_dispatch`, `before_combine`, or `mid_dispatch` / `mid_combine`: after the first `bytes_sent` bytes of that exchange.
+        point: `before_dispatch`, `before_combine`, `waiting` (cuda only: its dispatch is on the GPU), or `mid_dispatch` /
+            `mid_combine`: after the first `bytes_sent` bytes of that exchange.
     """
 
     point: str
@@ -117,7 +120,15 @@ def _check_partial(step: Step, rank: int, layer: int, failed: PeerFailed, partia
                 wrong.append(f"layer {layer}: partial rows hold a row that nobody sent")
 
 
-def _run_step(dispatcher: SocketDispatcher, rank: int, step: Step, fault: Fault | None) -> Report:
+def _die_waiting(dispatcher: CpuFront, batch: Batch, routing: Any, at: StepPoint, fault: Fault) -> None:
+    """Enqueue a dispatch and go, its kernels on the GPU."""
+    with dispatcher._stream:
+        dispatcher.inner.begin_step(routing, at.epoch, at.step)
+        dispatcher.inner.enqueue_dispatch(batch.x.cuda(), batch.topk_ids.cuda(), batch.topk_weights.cuda(), at.layer)
+        os.kill(os.getpid(), fault.signal)
+
+
+def _run_step(dispatcher: Any, rank: int, step: Step, fault: Fault | None) -> Report:
     routing, batch, wrong = step.routing(), step.batch(rank), []
     outcome: Any = None
     begin = time.monotonic()
@@ -125,6 +136,8 @@ def _run_step(dispatcher: SocketDispatcher, rank: int, step: Step, fault: Fault 
         hit = fault if fault is not None and fault.layer == layer else None
         if hit is not None and hit.point == "before_dispatch":
             os.kill(os.getpid(), hit.signal)
+        if hit is not None and hit.point == "waiting":
+            _die_waiting(dispatcher, batch, routing, StepPoint(step.epoch, step.step, layer), hit)
         if hit is not None and hit.point == "mid_dispatch":
             _arm(dispatcher, hit)
         begin = time.monotonic()
@@ -149,12 +162,20 @@ def _run_step(dispatcher: SocketDispatcher, rank: int, step: Step, fault: Fault 
         _check_partial(step, rank, layer, outcome, outcome.partial, wrong)
         outcome = PeerFailed(dict(outcome.peers))
     names = ("bytes_sent", "bytes_received", "stale_frames", "refused_frames", "refused_handshakes")
-    return Report(outcome, tuple(wrong), took_s, {name: getattr(dispatcher, name) for name in names})
+    return Report(outcome, tuple(wrong), took_s, {name: getattr(dispatcher, name, 0) for name in names})
 
 
-def rank_main(pipe: Connection, rank: int, address: str, options: dict[str, Any]) -> None:
+def _dispatcher(backend: str, rank: int, address: str, options: dict[str, Any]) -> Any:
+    if backend != "cuda":
+        return SocketDispatcher(rank, address, token=TOKEN, **options)
+    options = {"num_seats": 4, **options}
+    capacity = Capacity(options.pop("num_seats"), EXPERTS, 6, max_tokens=64, top_k=TOP_K, hidden=4096, itemsize=4, max_replicas=32)
+    return CpuFront(rank, address, capacity, token=TOKEN, **options)
+
+
+def rank_main(pipe: Connection, backend: str, rank: int, address: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    with SocketDispatcher(rank, address, token=TOKEN, **options) as dispatcher:
+    with _dispatcher(backend, rank, address, options) as dispatcher:
         pipe.send(dispatcher.address)
         while True:
             match pipe.recv():
@@ -191,7 +212,7 @@ class Ranks:
         self._started += 1
         address = "tcp:127.0.0.1:0" if self.backend == "tcp" else f"unix:{self.folder}/{self._started}"
         here, there = _context.Pipe()
-        process = _context.Process(target=rank_main, args=(there, rank, address, self.options), daemon=True)
+        process = _context.Process(target=rank_main, args=(there, self.backend, rank, address, self.options), daemon=True)
         process.start()
         there.close()
         self.members[rank] = _Process(process, here, "")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from dispatch_cases import Batch, expected, lone_routing, make_batch, make_routing, run_experts, same_bits
+from dispatch_cuda import needs_gpu
 from dispatch_world import run_ranks
 
 from elastic_ep.core.errors import InvalidInputError
@@ -26,7 +27,9 @@ BACKENDS = [
     ("page", 3),
     ("tcp", 3),
     ("mixed", 4),
+    *(pytest.param("cuda", n, marks=needs_gpu) for n in (1, 2, 3, 4)),
 ]
+CUDA = pytest.param("cuda", marks=needs_gpu)
 HIDDEN = 12
 pytestmark = pytest.mark.timeout(60)
 
@@ -109,7 +112,7 @@ def test_no_tokens_anywhere(make_world: Any, backend: str, num_ranks: int) -> No
     assert all(out.shape == (0, HIDDEN) and out.dtype == torch.bfloat16 for out in outs.values())
 
 
-@pytest.mark.parametrize("backend", ["local", "unix"])
+@pytest.mark.parametrize("backend", ["local", "unix", CUDA])
 def test_bad_input_is_refused_by_name(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]
     routing = lone_routing(4)
@@ -133,7 +136,7 @@ def test_bad_input_is_refused_by_name(make_world: Any, backend: str) -> None:
         dispatcher.combine(handle.rows[:1], handle)
 
 
-@pytest.mark.parametrize("backend", ["local", "unix"])
+@pytest.mark.parametrize("backend", ["local", "unix", CUDA])
 def test_an_expert_without_a_replica_is_refused(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]
     whole = lone_routing(2)
@@ -142,7 +145,7 @@ def test_an_expert_without_a_replica_is_refused(make_world: Any, backend: str) -
         dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
 
 
-@pytest.mark.parametrize("backend", ["unix", "inline", "tcp"])
+@pytest.mark.parametrize("backend", ["unix", "inline", "tcp", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frames_larger_than_any_socket_buffer(make_world: Any, backend: str, dtype: torch.dtype) -> None:
     world = make_world(backend, 2)
@@ -155,8 +158,9 @@ def test_frames_larger_than_any_socket_buffer(make_world: Any, backend: str, dty
             assert same_bits(outs[rank], oracle(batch, 16))
 
 
-def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_world: Any) -> None:
-    dispatcher = make_world("unix", 1).dispatchers[0]
+@pytest.mark.parametrize("backend", ["unix", CUDA])
+def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_world: Any, backend: str) -> None:
+    dispatcher = make_world(backend, 1).dispatchers[0]
     whole = lone_routing(2)
     for rank, words in ((3, r"rank 3, the mesh has ranks 0 to 0"), (-1, "live replica")):
         routing = RoutingTable(1, np.full_like(whole.replica_rank, rank), whole.cumulative_quota, {})
@@ -164,8 +168,9 @@ def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_worl
             dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
 
 
-def test_a_point_that_does_not_grow_is_refused(make_world: Any) -> None:
-    dispatcher = make_world("unix", 1).dispatchers[0]
+@pytest.mark.parametrize("backend", ["unix", CUDA])
+def test_a_point_that_does_not_grow_is_refused(make_world: Any, backend: str) -> None:
+    dispatcher = make_world(backend, 1).dispatchers[0]
     batch = make_batch(np.random.default_rng(0), 1, 1, 2, 4, torch.float32)
     run_layer(dispatcher, batch, lone_routing(2), StepPoint(1, 5, 1))
     for at in (StepPoint(1, 5, 1), StepPoint(1, 5, 0), StepPoint(1, 4, 1)):
