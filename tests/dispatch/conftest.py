@@ -12,6 +12,7 @@ import pytest
 from dispatch_cuda import CpuFront
 from dispatch_processes import Ranks
 from dispatch_world import TOKEN, World
+from mpi_job import MpiJob, RemoteDispatcher
 
 from elastic_ep.runtime.dispatch.cuda.region import Capacity
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
@@ -26,8 +27,18 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def mpi_job() -> Iterator[MpiJob]:
+    """Four processes, for what needs no death."""
+    path = Path(tempfile.mkdtemp(prefix="eep"))
+    job = MpiJob(4, path / "job")
+    yield job
+    job.close()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 @pytest.fixture
-def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Callable[..., World]]:
     """make_world(backend, num_ranks, **options of the socket backend) -> a connected World, closed at the end.
 
     Backends: `local`; `unix` (rows in shared memory); `inline` (Unix, rows in the stream); `page` (Unix, one page of shared memory:
@@ -47,6 +58,10 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
                 monkeypatch.setattr(f"elastic_ep.runtime.dispatch.{module}.compiled", None)
         if backend == "local":
             world = World({r: LocalDispatcher() for r in range(num_ranks)}, {0: "local"})
+        elif backend == "mpi":
+            job = request.getfixturevalue("mpi_job")
+            remote = {r: RemoteDispatcher(job.processes[r].pipe, r, options) for r in range(num_ranks)}
+            world = World(dict(remote), {r: d.address for r, d in remote.items()})
         elif backend == "cuda":
             capacity = Capacity(num_ranks, 24, 2, max_tokens=1024, top_k=8, hidden=1024, itemsize=4, max_replicas=32)
             fronts = {r: CpuFront(r, address(backend, r), capacity, token=TOKEN, **options) for r in range(num_ranks)}

@@ -17,6 +17,7 @@ import torch
 from dispatch_cases import Batch, expected, make_batch, make_routing, run_experts, same_bits
 from dispatch_cuda import CpuFront
 from dispatch_world import TOKEN
+from mpi_job import MpiJob, MpiProcess, ObjectPipe
 
 from elastic_ep.runtime.dispatch.base import DispatchHandle, Interrupted, PeerFailed, StepPoint
 from elastic_ep.runtime.dispatch.cuda.region import Capacity
@@ -61,6 +62,7 @@ class Fault:
     layer: int = 0
     signal: int = signal.SIGKILL
     bytes_sent: int = 0
+    messages_sent: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,32 @@ class _CountedSocket:
         return sent
 
 
-def _arm(dispatcher: SocketDispatcher, fault: Fault) -> None:
-    """Count the bytes that leave; the compiled path would send them past the counter, so it is not taken."""
+class _CountedComm:
+    """A communicator that raises the signal once it has begun to send a number of messages."""
+
+    def __init__(self, comm: Any, fault: Fault):
+        self._comm = comm
+        self._fault = fault
+        self._count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def Isend(self, *args: Any) -> Any:
+        request = self._comm.Isend(*args)
+        self._count += 1
+        if self._count == self._fault.messages_sent:
+            os.kill(os.getpid(), self._fault.signal)
+        return request
+
+
+def _arm(dispatcher: Any, fault: Fault) -> None:
+    """Count what leaves; the compiled path of the sockets would send bytes past the counter, so it is not taken."""
+    if not isinstance(dispatcher, SocketDispatcher):
+        comm = _CountedComm(dispatcher._comm, fault)
+        for link in dispatcher._links.values():
+            link._comm = comm
+        return
     dispatcher._idle_link = lambda: None  # type: ignore[method-assign]
     _CountedSocket.budget, _CountedSocket.fault = fault.bytes_sent, fault
     for channel in dispatcher._mesh.channels.values():
@@ -128,7 +154,7 @@ def _die_waiting(dispatcher: CpuFront, batch: Batch, routing: Any, at: StepPoint
         os.kill(os.getpid(), fault.signal)
 
 
-def _run_step(dispatcher: Any, rank: int, step: Step, fault: Fault | None) -> Report:
+def run_step(dispatcher: Any, rank: int, step: Step, fault: Fault | None) -> Report:
     routing, batch, wrong = step.routing(), step.batch(rank), []
     outcome: Any = None
     begin = time.monotonic()
@@ -182,7 +208,7 @@ def rank_main(pipe: Connection, backend: str, rank: int, address: str, options: 
                 case ("connect", peers, deadline_s):
                     pipe.send(dispatcher.connect(peers, deadline_s))
                 case ("steps", steps, fault):
-                    pipe.send([_run_step(dispatcher, rank, step, fault) for step in steps])
+                    pipe.send([run_step(dispatcher, rank, step, fault) for step in steps])
                 case None:
                     return
 
@@ -190,18 +216,19 @@ def rank_main(pipe: Connection, backend: str, rank: int, address: str, options: 
 @dataclass
 class _Process:
     process: Any
-    pipe: Connection
+    pipe: Connection | ObjectPipe
     address: str
 
 
 class Ranks:
-    """Rank processes, started and told what to do by the test."""
+    """Rank processes, started and told what to do by the test. With an MPI `job`, its processes take the seats, each only once."""
 
-    def __init__(self, backend: str, folder: Path, options: dict[str, Any]):
+    def __init__(self, backend: str, folder: Path, options: dict[str, Any], job: MpiJob | None = None):
         folder.mkdir()
         self.backend = backend
         self.folder = folder
         self.options = options
+        self.job = job
         self.members: dict[int, _Process] = {}
         self.epoch = 0
         self.steps = 0
@@ -210,6 +237,12 @@ class Ranks:
     def start(self, rank: int) -> None:
         """A new process in a seat."""
         self._started += 1
+        if self.job is not None:
+            one = self.job.processes[self._started - 1]
+            self.members[rank] = _Process(one.process, one.pipe, "")
+            self.tell(rank, "start", rank, self.options)
+            self.members[rank].address = self.answer(rank)
+            return
         address = "tcp:127.0.0.1:0" if self.backend == "tcp" else f"unix:{self.folder}/{self._started}"
         here, there = _context.Pipe()
         process = _context.Process(target=rank_main, args=(there, self.backend, rank, address, self.options), daemon=True)
@@ -228,7 +261,10 @@ class Ranks:
 
     def answer(self, rank: int) -> Any:
         assert self.members[rank].pipe.poll(ANSWER_S), f"rank {rank} does not answer"
-        return self.members[rank].pipe.recv()
+        answer = self.members[rank].pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def install(self, ranks: Iterable[int], deadline_s: float = 20.0) -> None:
         """The next epoch: connect exactly these."""
@@ -262,10 +298,12 @@ class Ranks:
     def wait_dead(self, rank: int) -> None:
         member = self.members.pop(rank)
         member.process.join(ANSWER_S)
-        assert member.process.exitcode == -signal.SIGKILL
+        assert isinstance(member.process, MpiProcess) or member.process.exitcode == -signal.SIGKILL
         member.pipe.close()
 
     def close(self) -> None:
+        if self.job is not None:
+            return
         for member in self.members.values():
             member.process.kill()
         for member in self.members.values():

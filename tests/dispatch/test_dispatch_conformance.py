@@ -27,6 +27,8 @@ BACKENDS = [
     ("page", 3),
     ("tcp", 3),
     ("mixed", 4),
+    ("mpi", 1),
+    ("mpi", 4),
     *(pytest.param("cuda", n, marks=needs_gpu) for n in (1, 2, 3, 4)),
 ]
 CUDA = pytest.param("cuda", marks=needs_gpu)
@@ -112,7 +114,7 @@ def test_no_tokens_anywhere(make_world: Any, backend: str, num_ranks: int) -> No
     assert all(out.shape == (0, HIDDEN) and out.dtype == torch.bfloat16 for out in outs.values())
 
 
-@pytest.mark.parametrize("backend", ["local", "unix", CUDA])
+@pytest.mark.parametrize("backend", ["local", "unix", "mpi", CUDA])
 def test_bad_input_is_refused_by_name(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]
     routing = lone_routing(4)
@@ -136,7 +138,7 @@ def test_bad_input_is_refused_by_name(make_world: Any, backend: str) -> None:
         dispatcher.combine(handle.rows[:1], handle)
 
 
-@pytest.mark.parametrize("backend", ["local", "unix", CUDA])
+@pytest.mark.parametrize("backend", ["local", "unix", "mpi", CUDA])
 def test_an_expert_without_a_replica_is_refused(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]
     whole = lone_routing(2)
@@ -145,7 +147,7 @@ def test_an_expert_without_a_replica_is_refused(make_world: Any, backend: str) -
         dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
 
 
-@pytest.mark.parametrize("backend", ["unix", "inline", "tcp", CUDA])
+@pytest.mark.parametrize("backend", ["unix", "inline", "tcp", "mpi", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_frames_larger_than_any_socket_buffer(make_world: Any, backend: str, dtype: torch.dtype) -> None:
     world = make_world(backend, 2)
@@ -158,7 +160,7 @@ def test_frames_larger_than_any_socket_buffer(make_world: Any, backend: str, dty
             assert same_bits(outs[rank], oracle(batch, 16))
 
 
-@pytest.mark.parametrize("backend", ["unix", CUDA])
+@pytest.mark.parametrize("backend", ["unix", "mpi", CUDA])
 def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]
     whole = lone_routing(2)
@@ -168,7 +170,7 @@ def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_worl
             dispatcher.dispatch(torch.zeros(1, 4), torch.tensor([[0, 1]]), torch.ones(1, 2), routing, StepPoint(1, 0, 0))
 
 
-@pytest.mark.parametrize("backend", ["unix", CUDA])
+@pytest.mark.parametrize("backend", ["unix", "mpi", CUDA])
 def test_a_point_that_does_not_grow_is_refused(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]
     batch = make_batch(np.random.default_rng(0), 1, 1, 2, 4, torch.float32)

@@ -17,7 +17,7 @@ from dispatch_processes import Fault
 from dispatch_world import TOKEN, run_ranks
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.runtime.dispatch.base import FailureKind, PeerFailed
+from elastic_ep.runtime.dispatch.base import FailureKind, PeerFailed, StepPoint
 from elastic_ep.runtime.dispatch.cuda.build import build_kernels
 from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
 from elastic_ep.runtime.dispatch.cuda.region import Capacity, Layout
@@ -215,7 +215,7 @@ def test_a_failure_shows_in_pinned_memory_and_ends_the_rest_of_the_step_at_once(
         handle = rank.enqueue_dispatch(batch.x.cuda(), batch.topk_ids.cuda(), batch.topk_weights.cuda(), layer)
         rank.enqueue_combine(handle)
     assert rank.wait() == PeerFailed({1: FailureKind.CLOSED})
-    assert rank.dispatch(batch.x.cuda(), batch.topk_ids.cuda(), batch.topk_weights.cuda(), routing, (1, 2, 0)) == rank.outcome()
+    assert rank.dispatch(batch.x.cuda(), batch.topk_ids.cuda(), batch.topk_weights.cuda(), routing, StepPoint(1, 2, 0)) == rank.outcome()
 
 
 @needs_gpu

@@ -1,0 +1,346 @@
+"""Dispatch + combine of the cuda backend, 4 ranks on one GPU, beside the floor of bytes over the bandwidth measured in the same run.
+
+A step is 16 MoE layers captured in one CUDA graph per rank, so nothing of the host is in it; a layer before it brings the ranks level.
+Time is a step's, by events, over 16: the slowest rank's median. Experts do not run: their outputs lie ready. The floor counts what must
+cross the GPU's memory on any path: a rank's tokens read and its sums written once, each received row written once, each expert output
+read once.
+
+Ranks are placed three ways: `mps`, processes that run at the same time through NVIDIA's multi-process service (started and ended here,
+if the machine has it); `streams`, all ranks in one process; `slices`, processes as the driver shares a GPU by default, one after the
+other. Beside it runs torch's own gather and weighted sum over the same rows in one process, which exchanges nothing.
+
+    python benchmarks/gpu.py
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from elastic_ep.core.placement import ExpertPlacement
+from elastic_ep.core.routing import RoutingTable
+from elastic_ep.core.topology import Topology
+from elastic_ep.runtime.dispatch.cuda.build import build_kernels
+from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
+from elastic_ep.runtime.dispatch.cuda.region import Capacity
+
+RANKS, HIDDEN, TOP_K, EXPERTS, LAYERS = 4, 7168, 8, 256, 16
+TOKENS = (8, 128, 512)
+DTYPE = torch.bfloat16
+WAIT_S = 120.0
+
+
+class Batch(NamedTuple):
+    """One rank's tokens."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def make_routing(num_ranks: int, num_seats: int) -> RoutingTable:
+    """64 experts and 8 replicas of the neighbour's per rank, quotas even; seats beyond `num_ranks` hold nothing."""
+    home, spare = EXPERTS // num_ranks, 8
+    slots = np.full((num_seats, home + spare), -1, dtype=np.int64)
+    for rank in range(num_ranks):
+        slots[rank, :home] = np.arange(rank * home, (rank + 1) * home)
+        slots[rank, home:] = np.arange(spare) + (rank + 1) % num_ranks * home if num_ranks > 1 else -1
+    p2l = np.tile(slots.reshape(-1), (LAYERS + 1, 1))
+    return RoutingTable.build(1, ExpertPlacement(p2l, EXPERTS), Topology.uniform(num_seats, slots.size))
+
+
+def make_batch(rank: int, tokens: int) -> Batch:
+    rng = np.random.default_rng((rank, tokens))
+    ids = torch.from_numpy(np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :TOP_K].copy()).cuda()
+    x = torch.randn(tokens, HIDDEN, device="cuda", generator=torch.Generator("cuda").manual_seed(rank)).to(DTYPE)
+    return Batch(x, ids, torch.rand(tokens, TOP_K, device="cuda"))
+
+
+def floor_bytes(num_ranks: int, tokens: int) -> int:
+    """Bytes that all ranks together must read and write in one layer."""
+    return num_ranks * tokens * HIDDEN * DTYPE.itemsize * (2 + 2 * TOP_K)
+
+
+class Side:
+    """One rank's dispatcher and what it replays."""
+
+    def __init__(self, rank: int, num_ranks: int, num_seats: int, folder: str, split: bool | None = None):
+        capacity = Capacity(num_seats, EXPERTS, LAYERS + 1, max_tokens=max(TOKENS), top_k=TOP_K, hidden=HIDDEN)
+        address = f"unix:{folder}/{num_seats}-{num_ranks}-{rank}"
+        options: dict[str, Any] = {"token": "benchmark", "deadline_s": 20.0, "cache": Path(folder), "split": split}
+        self.dispatcher = CudaDispatcher(rank, address, capacity, **options)
+        self.peers = {r: f"unix:{folder}/{num_seats}-{num_ranks}-{r}" for r in range(num_ranks)}
+        self.routing = make_routing(num_ranks, num_seats)
+        self.stream = torch.cuda.Stream()
+        self.rank, self.step = rank, 0
+
+    def connect(self) -> None:
+        with torch.cuda.stream(self.stream):
+            failed = self.dispatcher.connect(self.peers, 30.0)
+            assert failed is None, failed
+
+    def layer(self, layer: int) -> torch.Tensor:
+        handle = self.dispatcher.enqueue_dispatch(*self.batch, layer)
+        return self.dispatcher.enqueue_combine(handle)
+
+    def capture(self, batch: Batch) -> None:
+        """Graph of 16 layers. Nothing runs."""
+        self.batch = batch
+        with torch.cuda.stream(self.stream):
+            self.step += 1
+            self.dispatcher.begin_step(self.routing, 1, self.step)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            for layer in range(1, LAYERS + 1):
+                self.layer(layer)
+
+    def enqueue(self) -> tuple[Any, Any]:
+        """One step, with the events around its 16 layers."""
+        self.step += 1
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.stream):
+            self.dispatcher.begin_step(self.routing, 1, self.step)
+            self.layer(0)
+            begin.record()
+            self.graph.replay()
+            end.record()
+        return begin, end
+
+    def wait(self) -> None:
+        with torch.cuda.stream(self.stream):
+            failed = self.dispatcher.wait()
+        assert failed is None, failed
+
+
+def layer_us(events: tuple[Any, Any]) -> float:
+    return events[0].elapsed_time(events[1]) * 1e3 / LAYERS
+
+
+def fill(sides: list[Side]) -> None:
+    """Expert outputs that are no zeros."""
+    for side in sides:
+        memory = side.dispatcher._memory.outputs.view(DTYPE)
+        for part in memory.split(1 << 26):
+            part.normal_()
+
+
+# ---- ranks as processes
+
+
+def rank_main(rank: int, folder: str, repeats: int, sizes: tuple[int, ...], level: Any, results: Any) -> None:
+    """Plain and with a masked seat, in turns; (name, tokens, rank, us per layer of each repetition) to `results`."""
+    sides = {"plain": Side(rank, RANKS, RANKS, folder), "masked": Side(rank, RANKS, RANKS + 1, folder)}
+    for side in sides.values():
+        side.connect()
+    fill(list(sides.values()))
+    for tokens in sizes:
+        batch = make_batch(rank, tokens)
+        for side in sides.values():
+            side.capture(batch)
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        torch.cuda.synchronize()
+        level.wait(WAIT_S)
+        for repeat in range(repeats + 2):
+            for name, side in sides.items():
+                torch.cuda.set_sync_debug_mode("error")
+                events = side.enqueue()
+                torch.cuda.set_sync_debug_mode("default")
+                side.wait()
+                if repeat >= 2:
+                    times[name].append(layer_us(events))
+        for name, values in times.items():
+            results.put((name, tokens, rank, values))
+    level.wait(WAIT_S)
+    for side in sides.values():
+        side.dispatcher.close()
+
+
+def run_processes(folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS) -> dict[tuple[str, int], float]:
+    """(name, tokens) -> us per layer, the slowest rank's median."""
+    context = multiprocessing.get_context("spawn")
+    results, level = context.Queue(), context.Barrier(RANKS)
+    ranks = [context.Process(target=rank_main, args=(r, folder, repeats, sizes, level, results), daemon=True) for r in range(RANKS)]
+    try:
+        for process in ranks:
+            process.start()
+        found: dict[tuple[str, int], float] = {}
+        for _ in range(2 * RANKS * len(sizes)):
+            name, tokens, _, values = results.get(timeout=WAIT_S)
+            found[name, tokens] = max(found.get((name, tokens), 0.0), statistics.median(values))
+        for process in ranks:
+            process.join(30)
+        return found
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+
+
+@contextmanager
+def multi_process_service(folder: str) -> Iterator[bool]:
+    """Run NVIDIA's multi-process service for the processes started within. Yields False where there is none."""
+    daemon = shutil.which("nvidia-cuda-mps-control", path=os.environ.get("PATH", "") + ":/usr/local/nvidia/bin:/usr/bin")
+    if daemon is None:
+        yield False
+        return
+    pipes = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/mps", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/mps-log"}
+    for path in pipes.values():
+        os.mkdir(path)
+    os.environ.update(pipes)
+    try:
+        yield subprocess.run([daemon, "-d"], check=False, timeout=30, capture_output=True).returncode == 0
+    finally:
+        subprocess.run([daemon], input="quit\n", text=True, check=False, timeout=60, capture_output=True)
+        for name in pipes:
+            del os.environ[name]
+
+
+# ---- ranks as streams of one process
+
+
+def in_own_process(call: Callable[..., Any], *args: Any) -> Any:
+    """The call's result, from a process that ends with it: this one must not hold the GPU."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply_async(call, args).get(timeout=2 * WAIT_S)
+
+
+def run_streams(folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    import threading
+
+    worlds = {
+        "plain": [Side(r, RANKS, RANKS, folder) for r in range(RANKS)],
+        "masked": [Side(r, RANKS, RANKS + 1, folder) for r in range(RANKS)],
+        "one rank, one kernel": [Side(0, 1, 1, folder, split=False)],
+        "one rank, split": [Side(0, 1, 2, folder, split=True)],
+    }
+    for sides in worlds.values():
+        threads = [threading.Thread(target=side.connect) for side in sides]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+        fill(sides)
+    found = {}
+    for tokens in TOKENS:
+        for sides in worlds.values():
+            for side in sides:
+                side.capture(make_batch(side.rank, tokens))
+        times: dict[str, list[float]] = {name: [] for name in worlds}
+        torch.cuda.synchronize()
+        for repeat in range(repeats + 2):
+            for name, sides in worlds.items():
+                events = [side.enqueue() for side in sides]
+                for side in sides:
+                    side.wait()
+                if repeat >= 2:
+                    times[name].append(max(map(layer_us, events)))
+        found.update({(name, tokens): statistics.median(values) for name, values in times.items()})
+    begin = time.perf_counter()
+    side = worlds["one rank, split"][0]
+    for _ in range(200):
+        side.enqueue()
+    found["host us per eager layer and graph launch", 0] = (time.perf_counter() - begin) / 200 * 1e6
+    side.wait()
+    for sides in worlds.values():
+        for side in sides:
+            side.dispatcher.close()
+    return found
+
+
+# ---- the ceiling, and torch
+
+
+def median_ms(call: Callable[[], Any], repeats: int = 20) -> float:
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def run_ceiling() -> dict[str, Any]:
+    """The GPU's name, bytes per second of a large copy (read + written), us of torch's gather and weighted sum for each size."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    ms = median_ms(lambda: target.copy_(source))
+    torch_us = {}
+    for tokens in TOKENS:
+        batches = [make_batch(rank, tokens) for rank in range(RANKS)]
+        x, ids, weights = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        order = ids.flatten().argsort(stable=True)
+        token, back = order // TOP_K, order.argsort()
+        y = torch.randn(len(order), HIDDEN, device="cuda").to(DTYPE)
+        scale = weights.to(DTYPE)[:, None, :]
+
+        def both(
+            x: torch.Tensor = x, y: torch.Tensor = y, token: torch.Tensor = token, back: torch.Tensor = back, scale: torch.Tensor = scale
+        ) -> Any:
+            return x[token], torch.bmm(scale, y[back].view(len(x), TOP_K, HIDDEN))
+
+        torch_us[tokens] = median_ms(both) * 1e3
+    return {"gpu": torch.cuda.get_device_name(), "bytes_per_s": 2 * len(source) / ms * 1e3, "torch_us": torch_us}
+
+
+def run(repeats: int = 40) -> dict[str, Any]:
+    """Everything; see `print_report`."""
+    folder = tempfile.mkdtemp(prefix="eepgpu")
+    report: dict[str, Any] = {"ranks": RANKS, "hidden": HIDDEN, "top_k": TOP_K, "experts": EXPERTS, "layers": LAYERS}
+    try:
+        report |= in_own_process(run_ceiling)
+        in_own_process(build, folder)
+        begin = time.monotonic()
+        report["streams"] = in_own_process(run_streams, folder, repeats)
+        with multi_process_service(folder) as there:
+            report["mps"] = run_processes(folder, repeats) if there else {}
+        report["slices"] = run_processes(folder, 3, (8, 512))
+        report["seconds"] = time.monotonic() - begin
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def build(folder: str) -> None:
+    build_kernels(torch.cuda.get_device_capability(), Path(folder))
+
+
+def print_report(report: dict[str, Any]) -> None:
+    print(
+        f"dispatch + combine, {RANKS} ranks on one {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16; per layer\n"
+        f"copy bandwidth {report['bytes_per_s'] / 1e12:.2f} TB/s read + written; host synchronisations per step: 0 (one graph per step)"
+    )
+    print(f"{'ranks as':>10} {'tokens':>7} {'us':>9} {'floor us':>9} {'x floor':>8} {'masked us':>10} {'mask costs':>11} {'torch us':>9}")
+    for name in ("mps", "streams", "slices"):
+        for tokens in TOKENS:
+            plain = report[name].get(("plain", tokens))
+            if plain is None:
+                continue
+            floor = floor_bytes(RANKS, tokens) / report["bytes_per_s"] * 1e6
+            masked = report[name]["masked", tokens]
+            print(
+                f"{name:>10} {tokens:>7} {plain:>9.1f} {floor:>9.1f} {plain / floor:>7.2f}x {masked:>10.1f} {masked - plain:>+11.2f} "
+                f"{report['torch_us'][tokens]:>9.1f}"
+            )
+    for tokens in TOKENS:
+        alone, split = (report["streams"][f"one rank, {how}", tokens] for how in ("one kernel", "split"))
+        print(f"one rank alone, {tokens} tokens: one kernel per direction {alone:.1f} us, split {split:.1f} us")
+    (host,) = (value for (name, _), value in report["streams"].items() if name.startswith("host"))
+    print(f"host time to enqueue one layer and one graph: {host:.0f} us")
