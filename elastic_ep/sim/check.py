@@ -1,0 +1,77 @@
+"""Run a schedule, ask the predicates after every event, and tell how it went."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+
+from elastic_ep.sim import predicates
+from elastic_ep.sim.predicates import Violation
+from elastic_ep.sim.schedule import Schedule
+from elastic_ep.sim.world import World
+
+PATIENCE_S = 60.0
+MAX_EVENTS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one run went.
+
+    Attributes:
+        digest: hash of the trace.
+        predicate: the one that was broken, empty if none; `what` says how.
+        epochs, tokens: what the run came to.
+    """
+
+    seed: int
+    digest: str
+    predicate: str
+    what: str
+    events: int
+    virtual_s: float
+    epochs: int
+    tokens: int
+    trace: tuple[str, ...] = ()
+
+
+def run(schedule: Schedule, *, with_trace: bool = False) -> Outcome:
+    """One run, from the start of its processes until every request has ended or a promise is broken."""
+    predicate, what = "", ""
+    world = World(schedule, predicates.check)
+    try:
+        drive(world)
+    except Violation as violation:
+        predicate, what = violation.predicate, violation.what
+    except Exception as error:
+        predicate, what = "any_rank_may_die", f"the controller failed: {type(error).__name__}: {error}"
+        if with_trace:
+            what += "\n" + traceback.format_exc()
+    timeline, state = world.timeline, world.brain.state
+    trace = tuple(timeline.trace) if with_trace else ()
+    return Outcome(
+        schedule.seed,
+        timeline.digest(),
+        predicate,
+        what,
+        timeline.happened,
+        timeline.now,
+        state.membership.epoch,
+        state.tokens_committed,
+        trace,
+    )
+
+
+def drive(world: World) -> None:
+    """Until it is over, or until it should be. Raises Violation, or whatever the brain raised."""
+    healed_at: float | None = None
+    while not world.is_over and world.timeline.happened < MAX_EVENTS:
+        if not world.step():
+            break
+        if world.stopped is not None:
+            break
+        if healed_at is None and world.is_past_faults:
+            healed_at = world.timeline.now
+        if healed_at is not None and world.timeline.now > healed_at + PATIENCE_S:
+            break
+    predicates.check_end(world, PATIENCE_S)

@@ -1,0 +1,365 @@
+"""The controller's shell in virtual time: what `serving/controller.py` does with sockets, processes and timers, done to simulated ones.
+
+The brain is the one that serves. Processes, wires and disks are made of a few lines each; faults are done to them by name.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_ep.brain import events as ev
+from elastic_ep.brain.brain import Brain
+from elastic_ep.brain.messages import Heartbeat, Hello, Install, LoadOrder, SamplingParams
+from elastic_ep.sim import faults, planning
+from elastic_ep.sim.mesh import EOF, Call
+from elastic_ep.sim.network import CONTROLLER, Channel, Network
+from elastic_ep.sim.process import Process
+from elastic_ep.sim.routing import Routing
+from elastic_ep.sim.schedule import MAX_WAIT, Fault, Request, Schedule
+from elastic_ep.sim.timeline import Timeline
+
+LATENCY_S = 0.0002
+
+
+@dataclass
+class Heard:
+    """One event that the brain was given, and what it answered. `fingerprint` is set where it came from a process given up before."""
+
+    event: ev.Event
+    commands: list[ev.Command]
+    fingerprint: tuple[Any, ...] | None = None
+    after: tuple[Any, ...] | None = None
+
+
+@dataclass
+class Client:
+    """What one request has received."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+    error: str = ""
+    is_cancelled: bool = False
+
+
+class World:
+    """A brain, its ranks and its clients.
+
+    Attributes:
+        heard, facts: what has just happened; `check` is called with it after every event, and after every event of the brain.
+        harmed: (rank, incarnation) -> when it was made unable to serve, how.
+    """
+
+    heartbeat_s = 0.3
+    exchange_timeout_s = 0.5
+    bytes_per_expert = 1000
+
+    def __init__(self, schedule: Schedule, check: Callable[[World], None] = lambda world: None) -> None:
+        self.schedule = schedule
+        self._check = check
+        self.rng = random.Random(schedule.seed ^ 0x51AB)
+        self.timeline = Timeline()
+        self.net = Network(self.timeline, self.rng, LATENCY_S, schedule.loss)
+        self.settings = schedule.settings()
+        self.brain = Brain(self.settings, 0.0)
+        self.clients: dict[str, Client] = {}
+        self.heard: list[Heard] = []
+        self.facts: list[tuple[Any, ...]] = []
+        self.processes: dict[tuple[int, int], Process] = {}
+        self.down: dict[tuple[int, int], Channel] = {}
+        self.by_address: dict[str, Process] = {}
+        self.harmed: dict[tuple[int, int], tuple[float, str]] = {}
+        self.unkillable: set[int] = set()
+        self.flips: dict[int, int] = {}
+        """seat -> reads to come, in whichever process, whose bytes will have one bit wrong"""
+        self.doomed: dict[int, float] = {}
+        """seats whose next process dies, and how long after its start"""
+        self.answered: dict[tuple[int, int], set[tuple[int, int]]] = {}
+        self.fenced_at = 0.0
+        self.committed: set[int] = set()
+        self.last_epoch = 0
+        self.saw_down = False
+        self.ordered: dict[tuple[int, int], set[tuple[int, int]]] = {}
+        """(epoch, step) -> processes that were told to run it"""
+        self.declared: tuple[int, set[tuple[int, int]]] = (0, set())
+        """how many ranks may fail, and the members of which that was said; (0, nobody) while an install is under way"""
+        self.plans_due = 0
+        self.stopped: str | None = None
+        self.timer_at: float | None = None
+        self._queue: deque[ev.Event] = deque()
+        self._busy = False
+        self._requests = deque(sorted(schedule.requests, key=lambda r: r.after))
+        self._faults = deque(sorted(schedule.faults, key=lambda f: f.after))
+        self._cancels: list[tuple[int, str]] = []
+        for rank in range(schedule.ep_size):
+            self.timeline.after(0.001 * self.rng.random(), self.spawn, rank, 0)
+        self._set_timer()
+
+    # ---- the run
+
+    @property
+    def members(self) -> set[tuple[int, int]]:
+        """(rank, incarnation) of each member of the newest epoch."""
+        state = self.brain.state
+        return {(rank, state.seats[rank].incarnation) for rank in state.membership.ranks}
+
+    @property
+    def is_planning(self) -> bool:
+        """A plan was asked for and has not been taken in."""
+        return self.plans_due > 0 or any(isinstance(event, ev.Planned) for event in self._queue)
+
+    @property
+    def is_over(self) -> bool:
+        """Every fault and request has been, and nothing is left to wait for."""
+        left = self._faults or self._requests or self._cancels
+        return not left and all(c.finish or c.is_cancelled for c in self.clients.values())
+
+    @property
+    def is_past_faults(self) -> bool:
+        return not self._faults and not self._requests
+
+    def step(self) -> bool:
+        """One event. False when there is none, which no world with a living process reaches."""
+        moment = self.timeline.happened
+        if self._requests and self._requests[0].after <= moment:
+            self.submit(self._requests.popleft())
+        elif self._faults and self._is_due(self._faults[0], moment):
+            self.harm(self._faults.popleft())
+        elif self._cancels and self._cancels[0][0] <= moment:
+            self.cancel(self._cancels.pop(0)[1])
+        elif not self.timeline.step():
+            if not (self._requests or self._faults or self._cancels):
+                return False
+            self.timeline.happened += 1
+        self.checked()
+        return True
+
+    def checked(self) -> None:
+        """Ask the predicates about what has just happened."""
+        if self.heard or self.facts:
+            self._check(self)
+            self.heard.clear()
+            self.facts.clear()
+
+    def _is_due(self, fault: Fault, moment: int) -> bool:
+        if fault.after > moment:
+            return False
+        return not fault.phase or self.brain.state.group.phase.value == fault.phase or moment > fault.after + MAX_WAIT
+
+    def harm(self, fault: Fault) -> None:
+        self.timeline.note(f"fault {fault.kind.value} rank {fault.rank} peer {fault.peer} {fault.seconds:g} s")
+        faults.do(self, fault)
+
+    def submit(self, request: Request) -> None:
+        request_id = f"q{len(self.clients)}"
+        client = self.clients[request_id] = Client(request)
+        refusal = self.brain.refusal()
+        if self.stopped is not None or refusal is not None:
+            client.finish, client.error = "refused", refusal[1] if refusal else "stopped"
+            return
+        self.feed(ev.Submitted(ev.GenerationRequest(request_id, request.prompt, request.max_tokens, SamplingParams(temperature=0.0))))
+        if request.cancel_after:
+            self._cancels.append((self.timeline.happened + request.cancel_after, request_id))
+            self._cancels.sort()
+
+    def cancel(self, request_id: str) -> None:
+        client = self.clients[request_id]
+        if not client.finish:
+            client.is_cancelled = True
+            self.feed(ev.Cancelled(request_id))
+
+    # ---- the brain's loop
+
+    def feed(self, event: ev.Event) -> None:
+        self._queue.append(event)
+        if self._busy or self.stopped is not None:
+            return
+        self._busy = True
+        while self._queue and self.stopped is None:
+            event = self._queue.popleft()
+            before = planning.fingerprint_of_the_dead(self.brain, event)
+            commands = self.brain.handle(event, self.timeline.now)
+            after = planning.fingerprint(self.brain) if before is not None else None
+            self.heard.append(Heard(event, commands, before, after))
+            if not (isinstance(event, ev.RankSaid) and isinstance(event.message, Heartbeat)):
+                self.timeline.note(planning.describe(event, commands))
+            for command in commands:
+                self.execute(command)
+            self.checked()
+        self._busy = False
+        self._set_timer()
+
+    def execute(self, command: ev.Command) -> None:
+        match command:
+            case ev.Send():
+                channel = self.down.get((command.rank, self.brain.state.seats[command.rank].incarnation))
+                if channel is not None:
+                    channel.send(command.message)
+            case ev.Emit():
+                self.emit(command.request_id, command.event)
+            case ev.Fence():
+                self.fence(command.rank, command.incarnation)
+            case ev.StartRank():
+                self.timeline.after(0.01 + 0.02 * self.rng.random(), self.spawn, command.rank, command.incarnation)
+            case ev.MakePlan():
+                self.plans_due += 1
+                answer = planning.answer(self.brain, command)
+                if self.schedule.plan_s:
+                    self.timeline.after(self.schedule.plan_s * (0.5 + self.rng.random()), self.planned, answer)
+                else:
+                    self.planned(answer)
+            case ev.Probe():
+                self.timeline.after(LATENCY_S, self.probe, command.rank, command.incarnation)
+            case ev.Stopped():
+                self.stopped = command.error
+
+    def planned(self, answer: ev.Planned) -> None:
+        self.plans_due -= 1
+        self.feed(answer)
+
+    def emit(self, request_id: str, event: ev.TokenEvent) -> None:
+        client = self.clients[request_id]
+        self.note_fact("emitted", client, event)
+        if event.token is not None:
+            client.tokens.append(event.token.token)
+        if event.finish:
+            client.finish, client.error = event.finish, event.error
+
+    def _set_timer(self) -> None:
+        due = self.brain.next_deadline()
+        if due is not None and self.stopped is None and (self.timer_at is None or due < self.timer_at):
+            self.timer_at = due
+            self.timeline.at(due, self._on_timer, due)
+
+    def _on_timer(self, at: float) -> None:
+        if self.timer_at != at:
+            return
+        self.timer_at = None
+        due = self.brain.next_deadline()
+        if due is not None and due <= self.timeline.now:
+            self.feed(ev.TimePassed())
+        else:
+            self._set_timer()
+
+    # ---- processes
+
+    def spawn(self, rank: int, incarnation: int) -> None:
+        if not self.brain.expects(rank, incarnation):
+            return
+        process = Process(self, rank, incarnation, 1.0 + 0.1 * (self.rng.random() - 0.5))
+        self.processes[rank, incarnation] = process
+        self.by_address[process.address] = process
+        self.down[rank, incarnation] = Channel(self.net, CONTROLLER, rank, self._hearer(process))
+        process.start()
+        if rank in self.doomed:
+            self.timeline.after(self.doomed.pop(rank), faults.crash, self, process)
+
+    @staticmethod
+    def _hearer(process: Process) -> Any:
+        return lambda message: process.guarded(process.hear, message)
+
+    def feed_failure(self, process: Process, cause: ev.FailureCause) -> None:
+        self.feed(ev.RankFailed(process.rank, process.incarnation, cause))
+
+    def open_channel(self, process: Process) -> Channel:
+        return Channel(self.net, process.rank, CONTROLLER, lambda message: self.on_message(process, message))
+
+    def on_message(self, process: Process, message: Any) -> None:
+        """Something a process said arrives; also of one given up, as it may have been on its way."""
+        key = (process.rank, process.incarnation)
+        if message is EOF:
+            self.feed(ev.RankFailed(*key, ev.FailureCause.CHANNEL_CLOSED))
+        elif isinstance(message, Hello):
+            self.feed(ev.RankConnected(message))
+        else:
+            self.feed(ev.RankSaid(*key, message))
+
+    def seen(self, process: Process, cause: ev.FailureCause) -> None:
+        """The controller's host tells how a process fares, some moments after it happened."""
+        if self.schedule.is_local:
+            self.timeline.after(0.003 * self.rng.random(), self.feed, ev.RankFailed(process.rank, process.incarnation, cause))
+
+    def probe(self, rank: int, incarnation: int) -> None:
+        process = self.processes.get((rank, incarnation))
+        if process is None or not self.schedule.is_local or self.net.wire(CONTROLLER, rank).is_cut:
+            self.feed(ev.RankFailed(rank, incarnation, ev.FailureCause.HEARTBEAT))
+        elif not process.is_alive:
+            self.feed(ev.RankFailed(rank, incarnation, ev.FailureCause.EXITED))
+        elif process.is_stopped:
+            self.feed(ev.RankFailed(rank, incarnation, ev.FailureCause.STOPPED))
+        else:
+            self.feed(ev.RankRuns(rank, incarnation))
+
+    def fence(self, rank: int, incarnation: int) -> None:
+        """Kill it, or where it can't be reached close its channel: it ends itself once it sees that, if it ever does."""
+        channel = self.down.get((rank, incarnation))
+        process = self.processes.get((rank, incarnation))
+        reachable = self.schedule.is_local or not self.net.wire(CONTROLLER, rank).is_cut
+        if process is not None and (rank in self.unkillable or not reachable):
+            self.unkillable.discard(rank)
+            if channel is not None:
+                channel.is_closed = True
+            self.timeline.after(0.2 + 2 * self.rng.random(), process.die)
+            return
+        if process is not None:
+            process.die()
+        if channel is not None:
+            channel.is_closed = True
+        fenced = ev.RankFenced(rank, incarnation)
+        if self.rng.random() < 0.5:
+            self.feed(fenced)
+        else:
+            self.timeline.after(0.05 * self.rng.random(), self.feed, fenced)
+
+    # ---- what processes ask of it
+
+    def send_between(self, source: int, target: int, call: Any, *args: Any) -> None:
+        """One datagram between two ranks, held while their wire is cut."""
+        wire = self.net.wire(source, target)
+        if wire.is_cut:
+            wire.held.append(lambda: self.send_between(source, target, call, *args))
+        else:
+            self.timeline.after(self.net.delay(wire), call, *args)
+
+    def deliver_call(self, call: Call) -> None:
+        process = self.by_address.get(call.address)
+        if process is not None and process.is_alive:
+            process.guarded(process.mesh.on_call, call)
+        else:
+            call.caller.guarded(call.caller.mesh.on_refused, call)
+
+    def note_fact(self, kind: str, *data: Any) -> None:
+        self.facts.append((kind, *data))
+
+    def routing_of(self, order: Install) -> Routing:
+        return planning.routing_of(order)
+
+    def takes_flip(self, process: Process, load: LoadOrder) -> bool:
+        """Whether this read has a bit wrong. Not the first read of an expert, which sets its digest: that is outside the promises."""
+        if not self.flips.get(process.rank) or (load.layer, load.expert) not in self.brain.state.digests:
+            return False
+        self.flips[process.rank] -= 1
+        return True
+
+    def read_from_peer(self, reader: Process, load: LoadOrder) -> int | None:
+        """The bytes that the ordered peer, or the reader itself, holds; None if it holds none or can't be reached."""
+        if load.peer < 0:
+            return None
+        process = self.processes.get((load.peer, self.brain.state.seats[load.peer].incarnation))
+        if process is None or not process.is_alive or process.is_stopped or self.net.wire(reader.rank, load.peer).is_cut:
+            return None
+        wanted = (load.layer, load.expert)
+        return next((content for (layer, _), (expert, content) in process.held.items() if (layer, expert) == wanted), None)
+
+    def dense_load_s(self) -> float:
+        return 0.02 + 0.1 * self.rng.random()
+
+    def read_s(self) -> float:
+        return self.schedule.read_s * (0.5 + self.rng.random())
+
+    def compute_s(self) -> float:
+        return 0.002 * (0.5 + self.rng.random())

@@ -1,0 +1,143 @@
+"""A predicate that never fails proves nothing: one bug is planted for each promise, and its predicate has to find it within a few seeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from elastic_ep.brain import epochs, planner, steps
+from elastic_ep.brain.brain import Brain
+from elastic_ep.brain.requests import RequestTable, Sequence
+from elastic_ep.brain.state import BrainState
+from elastic_ep.core.placement import SlotContents
+from elastic_ep.core.recovery import TRANSITIONS, Phase, Trigger
+from elastic_ep.sim import planning, tokens
+from elastic_ep.sim.check import run
+from elastic_ep.sim.process import Process
+from elastic_ep.sim.schedule import Fault, FaultKind, draw
+
+SEEDS = range(300)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_from_before(monkeypatch):
+    monkeypatch.setattr(planning, "_plans", planning._plans.copy())
+    planning._plans.clear()
+
+
+def first_found(seeds=SEEDS, change=lambda schedule: schedule):
+    return next((outcome for seed in seeds if (outcome := run(change(draw(seed)))).predicate), None)
+
+
+def counts_on_lost_kv(monkeypatch):
+    def place(self, sequence, rank):
+        del self.waiting[sequence.request.request_id]
+        sequence.home, sequence.seq_id = rank, self.next_seq_id
+        self.next_seq_id += 1
+        self.running[sequence.request.request_id] = sequence
+
+    def leave_home(self):
+        self.home = None
+
+    monkeypatch.setattr(Sequence, "leave_home", leave_home)
+    monkeypatch.setattr(RequestTable, "place", place)
+
+
+def commits_at_the_first_answer(monkeypatch):
+    def on_step_done(state, seat, done, now):
+        if state.step is not None and (done.epoch, done.step) == (state.membership.epoch, state.step.number):
+            state.step.tokens.update({token.seq_id: token for token in done.tokens})
+            if all(work.seq_id in state.step.tokens for items in state.step.work.values() for _, work in items if work.sample):
+                steps.commit(state, state.step, now)
+
+    monkeypatch.setattr(steps, "on_step_done", on_step_done)
+
+
+def believes_the_dead(monkeypatch):
+    monkeypatch.setattr(BrainState, "seat", lambda self, rank, incarnation: self.seats[rank])
+
+
+def forgets_the_deadline_of_a_fence(monkeypatch):
+    real = Brain.next_deadline
+
+    def next_deadline(self):
+        kept, self.state.fence_deadline = self.state.fence_deadline, None
+        due, self.state.fence_deadline = real(self), kept
+        return due
+
+    monkeypatch.setattr(Brain, "next_deadline", next_deadline)
+
+
+def has_no_way_out_of_planning(monkeypatch):
+    monkeypatch.delitem(TRANSITIONS, (Phase.INSTALLING, Trigger.RANK_FAILED))
+
+
+def loses_requests_of_a_dead_home(monkeypatch):
+    def evict_rank(self, rank):
+        for sequence in [s for s in self.running.values() if s.home == rank]:
+            del self.running[sequence.request.request_id]
+        return []
+
+    monkeypatch.setattr(RequestTable, "evict_rank", evict_rank)
+
+
+def promises_one_rank_more(monkeypatch):
+    real = planner.survives_object
+    monkeypatch.setattr(planner, "survives_object", lambda *a: {**real(*a), "any_ranks": real(*a)["any_ranks"] + 1})
+
+
+def forgets_who_streams(monkeypatch):
+    real = planning._solve
+
+    def solve(brain, command):
+        plans, reason = real(brain, command)
+        return tuple(replace(plan, streamed={}) for plan in plans), reason
+
+    monkeypatch.setattr(planning, "_solve", solve)
+
+
+def counts_on_slots_being_overwritten(monkeypatch):
+    monkeypatch.setattr(SlotContents, "order", lambda self, layer, slot, epoch: None)
+
+
+def checks_no_digest(monkeypatch):
+    def record_loaded(state, seat, message, now):
+        for slot in message.loaded:
+            state.digests.setdefault((slot.layer, slot.expert), slot.digest)
+            state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest, message.epoch)
+        return True
+
+    def read(self, load):
+        content = tokens.expert_bytes(load.layer, load.expert)
+        return content ^ self.world.takes_flip(self, load)
+
+    monkeypatch.setattr(epochs, "record_loaded", record_loaded)
+    monkeypatch.setattr(Process, "read", read)
+
+
+def with_flips(schedule):
+    return replace(schedule, faults=(*(Fault(5, FaultKind.FLIP_READ, rank) for rank in range(schedule.ep_size)), *schedule.faults))
+
+
+PLANTED = [
+    (1, "same_tokens", counts_on_lost_kv),
+    (2, "exactly_once", commits_at_the_first_answer),
+    (3, "one_epoch", believes_the_dead),
+    (4, "bounded_waits", forgets_the_deadline_of_a_fence),
+    (5, "any_rank_may_die", has_no_way_out_of_planning),
+    (5, "any_rank_may_die", loses_requests_of_a_dead_home),
+    (6, "declared_survivability", promises_one_rank_more),
+    (7, "right_or_refused", forgets_who_streams),
+    (7, "any_rank_may_die", counts_on_slots_being_overwritten),
+    (8, "verified_bytes", checks_no_digest),
+]
+
+
+@pytest.mark.parametrize(("promise", "predicate", "plant"), PLANTED, ids=[plant.__name__ for *_, plant in PLANTED])
+def test_a_planted_bug_is_found(promise, predicate, plant, monkeypatch):
+    plant(monkeypatch)
+    found = first_found(change=with_flips if promise == 8 else lambda schedule: schedule)
+    assert found is not None, "no seed found it"
+    print("seed", found.seed, found.what)
+    assert found.predicate == predicate, found.what
