@@ -52,10 +52,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)
     parser.add_argument("--step-timeout", type=float, default=10.0, metavar="SECONDS", help="a step this long has a hung rank in it")
     parser.add_argument("--heartbeat-timeout", type=float, default=0.9, metavar="SECONDS", help="silence after which a rank is looked at")
+    parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS", help="time for a rank to read dense weights")
+    backoff_help = "wait before a dead rank's seat gets a new process; doubled while they die quickly"
+    parser.add_argument("--restart-backoff", type=float, default=0.5, metavar="SECONDS", help=backoff_help)
+    parser.add_argument("--restart-backoff-max", type=float, default=30.0, metavar="SECONDS", help="the longest such wait")
     parser.add_argument("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="time for running requests at SIGTERM")
     parser.add_argument("--fast-math", action="store_true", help="fastest kernels; tokens may then depend on the batch")
     fault_help = "for tests: make a rank fail at a named point"
     parser.add_argument("--fault", action="append", default=[], metavar="RANK:POINT:ACTION[:NTH]", help=fault_help)
+    file_help = "for tests: a file of faults that running ranks read whenever it changes"
+    parser.add_argument("--fault-file", default="", metavar="FILE", help=file_help)
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="WARNING", help="what to log")
     parser.add_argument("--json", action="store_true", help="print one JSON object when serving begins, instead of a line of text")
 
@@ -87,6 +93,10 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         heartbeat_timeout_s=args.heartbeat_timeout,
         log_level=args.log_level,
         faults=_faults(args.fault),
+        fault_file=args.fault_file,
+        start_timeout_s=args.start_timeout,
+        restart_backoff_s=args.restart_backoff,
+        restart_backoff_max_s=args.restart_backoff_max,
     )
 
 

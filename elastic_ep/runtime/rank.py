@@ -110,6 +110,7 @@ class Rank:
         self._prepare_weights()
         self.faults.reach("dense_loaded")
         self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
+        self.faults.reach("dense_told")
         while True:
             message = self.channel.receive()
             match message:
@@ -119,18 +120,20 @@ class Rank:
                     return 0
                 case Install():
                     self.channel.send(self._install(message))
+                    self.faults.reach("install_told", epoch=message.epoch)
                 case Stage():
                     self.stager.order(message)
                 case RunStep():
                     answer = self._run_step(message)
                     if answer is not None:
                         self.channel.send(answer)
+                        self.faults.reach("step_told", epoch=message.epoch, step=message.step)
 
     def _prepare_weights(self) -> None:
         config, slots = self.config, self.engine.slots
         if config.host_backup_fd >= 0:
             slots.backup = HostBackup(config.host_backup_fd, *slots.shape)
-        self.peer_server.find = slots.bytes_of
+        self.peer_server.find, self.peer_server.faults = slots.bytes_of, self.faults
         self.sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
         turn = (config.rank, max(config.ep_size, config.rank + 1))
         upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
@@ -150,12 +153,14 @@ class Rank:
         linked = self.dispatcher.connect(order.peers, order.deadline_s)
         if isinstance(linked, PeerFailed):
             return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
+        self.faults.reach("install_connected", epoch=order.epoch)
         try:
             for load in order.loads:
                 if isinstance(linked, Interrupted) or self.channel.is_readable():
                     return InstallFailed(order.epoch, tuple(loaded), {}, "")
                 self.faults.reach("load_expert", epoch=order.epoch)
                 loaded.append(self._fill(load, by_source, errors))
+                self.faults.reach("expert_loaded", epoch=order.epoch)
         except CheckpointError as error:
             return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
         shape = (order.num_layers, topology.num_slots)
@@ -222,7 +227,7 @@ def weights_listen(mesh: str) -> str:
 def run(
     config: RankConfig,
     make_engine: Callable[[], Engine],
-    make_dispatcher: Callable[[socket.socket], Dispatcher],
+    make_dispatcher: Callable[[socket.socket, FaultPlan], Dispatcher],
     make_faults: Callable[[socket.socket], FaultPlan],
 ) -> int:
     """The whole life of a rank process. Returns its exit status; every reason for a non-zero one was told to the controller."""
@@ -236,9 +241,11 @@ def run(
         log.warning("rank %d: no controller at %s: %s", config.rank, config.controller, error)
         return EXIT_CONTROLLER_GONE
     threading.Thread(target=_beat, args=(channel, config.heartbeat_interval_s), name="heartbeat", daemon=True).start()
-    dispatcher = make_dispatcher(sock)
+    faults = make_faults(sock)
+    faults.reach("hello_said")
+    dispatcher = make_dispatcher(sock, faults)
     try:
-        return Rank(config, channel, make_engine(), dispatcher, make_faults(sock), (peer_server, weights)).serve()
+        return Rank(config, channel, make_engine(), dispatcher, faults, (peer_server, weights)).serve()
     except ElasticEPError as error:
         channel.send(RankFatal(str(error)))
         return EXIT_FATAL

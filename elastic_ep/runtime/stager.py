@@ -73,6 +73,7 @@ class Stager:
                     self._send(answer)
                 except OSError:
                     return  # the controller is gone; the process is ending
+                self._faults.reach("stage_told")
 
     def _next_order(self) -> Stage:
         """The next order; upkeep until it comes. A slot with wrong bytes ends the process here and now: no step may use it again."""
@@ -94,6 +95,7 @@ class Stager:
             time.sleep(min(left, _PATIENCE_S))
 
     def _stage(self, stage: Stage) -> Staged | None:
+        self._faults.reach("stage_begin")
         self._slots.drop_staged()
         started, num_bytes = time.monotonic(), 0
         by_source: Counter[str] = Counter()
@@ -109,6 +111,7 @@ class Stager:
             errors += loaded.errors
             if stage.bytes_per_s > 0:
                 self._wait_until(started + num_bytes / stage.bytes_per_s, stage)
+        self._faults.reach("stage_end")
         return Staged(stage.change, moved_bytes(by_source), tuple(errors))
 
 

@@ -26,6 +26,9 @@ _FLAGS = {
     "staging_bytes": "--staging-bytes",
     "step_timeout_s": "--step-timeout",
     "heartbeat_timeout_s": "--heartbeat-timeout",
+    "start_timeout_s": "--start-timeout",
+    "restart_backoff_s": "--restart-backoff",
+    "restart_backoff_max_s": "--restart-backoff-max",
 }
 
 
@@ -44,6 +47,9 @@ class ServeConfig:
         scrub_bytes_per_s: how fast a rank looks whether its slots still hold what was verified; 0 never.
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
+        fault_file: where running ranks look for faults (see `FaultFile`); for tests.
+        start_timeout_s: for a rank's process to start and to read dense weights.
+        restart_backoff_s: wait before a dead rank's seat gets a new process, doubled up to `restart_backoff_max_s` while they die quickly.
     """
 
     checkpoint: str
@@ -69,6 +75,10 @@ class ServeConfig:
     detect: bool = True
     log_level: str = "WARNING"
     faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    fault_file: str = ""
+    start_timeout_s: float = 300.0
+    restart_backoff_s: float = 0.5
+    restart_backoff_max_s: float = 30.0
 
     def __post_init__(self) -> None:
         if self.ep_size < 1:
@@ -81,7 +91,8 @@ class ServeConfig:
         for name, value in ((name, getattr(self, name)) for name in at_least_one):
             if value < 1:
                 raise InvalidInputError(f"{_FLAGS[name]} is {value}; give at least 1")
-        for name, value in ((name, getattr(self, name)) for name in ("step_timeout_s", "heartbeat_timeout_s")):
+        positive = ("step_timeout_s", "heartbeat_timeout_s", "start_timeout_s", "restart_backoff_s", "restart_backoff_max_s")
+        for name, value in ((name, getattr(self, name)) for name in positive):
             if not 0 < value < float("inf"):
                 raise InvalidInputError(f"{_FLAGS[name]} is {value:g}; give seconds above 0")
         if self.max_sequences > self.max_batch_tokens:
@@ -142,10 +153,13 @@ class ServeConfig:
                 staging_slots=max(1, self.staging_bytes // slot_bytes),
             ),
             limits=self.limits(),
+            boot_timeout_s=self.start_timeout_s,
             install_timeout_s=self.step_timeout_s,
             heartbeat_timeout_s=self.heartbeat_timeout_s if self.detect else float("inf"),
             step_timeout_s=self.step_timeout_s,
             restart=self.restart == "always",
+            restart_backoff_s=self.restart_backoff_s,
+            restart_backoff_max_s=max(self.restart_backoff_s, self.restart_backoff_max_s),
             stage_bytes_per_s=self.rebalance_bytes_per_s,
             max_waiting=self.max_waiting,
         )

@@ -166,7 +166,8 @@ class Controller:
             "fast_math": self.config.fast_math,
         }
         faults = self.config.faults.get(rank, []) if incarnation == 0 else []
-        return {"rank": asdict(config), "engine": engine, "log_level": self.config.log_level, "faults": faults}
+        tests = {"faults": faults, "fault_file": self.config.fault_file}
+        return {"rank": asdict(config), "engine": engine, "log_level": self.config.log_level, **tests}
 
     async def wait_serving(self) -> None:
         """Until the first epoch is installed. Raises Unavailable with the reason if it never will be."""

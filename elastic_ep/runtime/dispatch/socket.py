@@ -33,6 +33,7 @@ from elastic_ep.runtime.dispatch.link import LayerTables, Link, LinkedState, Sou
 from elastic_ep.runtime.dispatch.mesh import Mesh
 from elastic_ep.runtime.dispatch.outbox import OutboxError
 from elastic_ep.runtime.dispatch.rows import RowBuffer, array_dtype, as_array, compiled, gather, weighted_sum
+from elastic_ep.runtime.faults import FaultPlan
 
 _SMALL_BYTES = 1 << 13
 """a payload up to this is copied behind its header: one buffer to send instead of two"""
@@ -62,6 +63,7 @@ class SocketDispatcher:
         max_payload_bytes: a frame that claims more is refused.
         shared_bytes: address space (not memory) for the rows of one phase in shared memory; a larger batch goes through sockets, as
             everything does with 0.
+        faults: for tests; frames go one by one while one of its faults waits at a frame.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class SocketDispatcher:
         grace_s: float = 0.005,
         max_payload_bytes: int = 1 << 32,
         shared_bytes: int = 1 << 32,
+        faults: FaultPlan | None = None,
     ):
         self.rank = rank
         interrupt_fd = interrupt.fileno() if isinstance(interrupt, socket.socket) else interrupt
         self._mesh = Mesh(rank, listen_address, token, interrupt_fd, max_payload_bytes, shared_bytes)
         self._exchange = Exchange(self._mesh, interrupt_fd, deadline_s, grace_s)
+        self._faults = faults
         self._link: Link | None = None
         self._ranks = [rank]
         self._last_key = FrameKey(-1, -1, -1, -1)
@@ -328,6 +332,8 @@ class SocketDispatcher:
     def _idle_link(self) -> Link | None:
         """The mesh as the extension can use it now, or None: some peer is missing, or shares no memory, or left something over."""
         mesh = self._mesh
+        if self._faults is not None and self._faults.watches_frames:
+            return None
         if self._link is None or self._link.generation != mesh.generation:
             self._link = None
             if compiled is None or mesh.outbox is None or len(mesh.channels) != len(mesh.peers):
@@ -374,14 +380,27 @@ class SocketDispatcher:
 
     def _post(self, frames: Mapping[int, Sequence[Any]]) -> None:
         for rank, buffers in frames.items():
+            if self._faults is not None:
+                self._faults.reach("frame_out")
             self._mesh.channels[rank].post(buffers)
+        if self._faults is not None:
+            self._faults.reach("frames_out")
 
     def _settle(self, form: FrameFormat, accept: Accept, began: float) -> Exchanged:
-        done = self._exchange.settle(form, accept, began)
+        done = self._exchange.settle(form, accept if self._faults is None else self._watched(accept, self._faults), began)
         if done.failed or done.interrupted:
             # a channel may still hold one
             self._buffers = {}
         return done
+
+    def _watched(self, accept: Accept, faults: FaultPlan) -> Accept:
+        """`accept`, that says when a frame came."""
+
+        def watched(channel: Channel, header: Header, payload: memoryview | None) -> Sequence[Any]:
+            faults.reach("frame_in", peer=channel.peer)
+            return accept(channel, header, payload)
+
+        return watched
 
     def _buffer(self, use: str, peer: int, num_rows: int, hidden: int, dtype: Any) -> NDArray[Any]:
         """[num_rows, hidden] that the next exchange may use again."""

@@ -19,6 +19,7 @@ from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.dispatch.addresses import listen
 from elastic_ep.runtime.dispatch.handshake import HELLO_BYTES, WELCOME_BYTES, pack_hello, pack_welcome, parse_hello, parse_welcome
+from elastic_ep.runtime.faults import FaultPlan
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class PeerServer:
         self._wanted = address
         self._token = token
         self.find: Callable[[int, int], torch.Tensor | None] = lambda layer, expert: None
+        self.faults = FaultPlan()
 
     def start(self) -> str:
         """Listen, and return the address to announce. Its threads end with the process."""
@@ -67,6 +69,7 @@ class PeerServer:
             sock.settimeout(None)
             while True:
                 layer, expert = _REQUEST.unpack(_receive(sock, bytearray(_REQUEST.size)))
+                self.faults.reach("serve_expert", layer=layer, expert=expert)
                 found = self.find(layer, expert)
                 data = memoryview(b"") if found is None else found.numpy().data
                 sock.sendall(_LENGTH.pack(len(data)))
