@@ -6,7 +6,7 @@ voids the step in flight, fences the failed rank, makes a new epoch, plans, inst
 
 from __future__ import annotations
 
-from elastic_ep.brain import changes, epochs, members, steps
+from elastic_ep.brain import absence, changes, epochs, members, steps
 from elastic_ep.brain.events import (
     Cancelled,
     Command,
@@ -19,6 +19,8 @@ from elastic_ep.brain.events import (
     RankFenced,
     RankRuns,
     RankSaid,
+    SeatsAbsent,
+    SeatsPresent,
     StopRequested,
     Submitted,
     TimePassed,
@@ -75,6 +77,10 @@ class Brain:
                 if seat:
                     seat.probed_at, seat.seen_running = None, now
                     state.silence_check_at = min(state.silence_check_at, now + state.settings.heartbeat_timeout_s)
+            case SeatsAbsent():
+                absence.leave(state, event, now)
+            case SeatsPresent():
+                absence.come(state, event, now)
             case Planned() if event.change is not None:
                 changes.on_planned(state, event, now)
             case Planned():

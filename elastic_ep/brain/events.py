@@ -31,6 +31,8 @@ class FailureCause(enum.Enum):
     """alive and beating, but a step or an install did not end before its deadline"""
     PEERS = "peers"
     """other ranks could not exchange with it"""
+    AGENT_LOST = "agent_lost"
+    """the agent of its host is gone: nobody there could start, kill or watch it"""
     FATAL = "fatal"
     """it said that it cannot go on"""
 
@@ -77,6 +79,21 @@ class RankRuns:
 
 
 @dataclass(frozen=True, slots=True)
+class SeatsAbsent:
+    """No process can be started for these seats: the host that has them is not here. Theirs that run are given up."""
+
+    ranks: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeatsPresent:
+    """Their host is here (again)."""
+
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Planned:
     """The answer to MakePlan, whose epoch and change it repeats. `plan` is None when the live slots cannot hold all experts and
     streaming them is not allowed. `then` are the rounds that follow it, each from what the one before has left."""
@@ -108,7 +125,20 @@ class TimePassed:
     """`next_deadline()` was reached."""
 
 
-Event = RankConnected | RankSaid | RankFailed | RankFenced | RankRuns | Planned | Submitted | Cancelled | StopRequested | TimePassed
+Event = (
+    RankConnected
+    | RankSaid
+    | RankFailed
+    | RankFenced
+    | RankRuns
+    | SeatsAbsent
+    | SeatsPresent
+    | Planned
+    | Submitted
+    | Cancelled
+    | StopRequested
+    | TimePassed
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: fl
         return
     was_member = is_member(state, rank)
     last_sign = seat.last_sign
-    if seat.state is not SeatState.ACTIVE:
+    if seat.state is not SeatState.ACTIVE and not seat.absent:
         seat.failed_starts += 1
     seat.move(SeatState.FENCING)
     seat.start_deadline = None
@@ -112,6 +112,8 @@ def bury(state: BrainState, seat: Seat, now: float) -> None:
     state.release[seat.rank] = []
     moved = state.requests.evict_rank(seat.rank)
     state.publish("rank_fenced", rank=seat.rank, requests_moved=len(moved))
+    if seat.absent:
+        return  # its host comes back, or not (absence.py)
     if may_restart(state, seat):
         wait = state.settings.restart_backoff_s * 2 ** min(max(0, seat.quick_deaths - 1), 16)
         seat.restart_at = now + min(wait, state.settings.restart_backoff_max_s)

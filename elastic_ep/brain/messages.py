@@ -241,5 +241,12 @@ class Shutdown:
     reason: str = field(default="server is stopping")
 
 
+@dataclass(frozen=True, slots=True)
+class StartOver:
+    """The answer to a hello, or to what a process says, that was given up: exit; the seat gets a new process, with a new incarnation."""
+
+    reason: str
+
+
 RankMessage = Hello | DenseLoaded | Installed | InstallFailed | Staged | StageFailed | StepDone | StepFailed | Heartbeat | RankFatal
-ControllerMessage = Install | Stage | RunStep | Shutdown
+ControllerMessage = Install | Stage | RunStep | Shutdown | StartOver

@@ -128,7 +128,7 @@ def _solve(
         active,
         None if from_nothing else ExpertPlacement(held.copy(), num_experts),
         min_replicas=max(1, min(num_live // num_experts, sum(active))),
-        spread=settings.spread,
+        spread=_spread(settings.spread, topology, active),
         max_moves=None if from_nothing else max_moves,
     )
 
@@ -180,3 +180,9 @@ def survives_object(placement: ExpertPlacement, topology: Topology, active: tupl
     """`survives` of `/elastic/status`: how many ranks may fail, whichever they are, and whether any one node may, with no expert lost."""
     found = survives(placement, topology, active, max_failures=1)
     return {"any_ranks": found.any_ranks, "any_node": found.any_node}
+
+
+def _spread(level: str, topology: Topology, active: tuple[int, ...]) -> str:
+    """The level to keep replicas apart on: where one domain alone is left, its ranks still can be."""
+    labels = topology.labels(level)
+    return level if len({label for label, alive in zip(labels, active, strict=True) if alive}) > 1 else "rank"

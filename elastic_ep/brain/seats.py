@@ -59,6 +59,8 @@ class Seat:
     quick_deaths: int = 0
     """processes in a row that did not live long as a member; each makes the wait before the next longer"""
     member_since: float | None = None
+    absent: str = ""
+    """why no process can be started here (its host is away); "" when one can"""
     restart_at: float | None = None
     start_deadline: float | None = None
     """when a process that was started again must have its dense weights"""

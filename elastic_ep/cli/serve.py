@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import socket
 from typing import TYPE_CHECKING, Any
 
+from elastic_ep.cli.token import TOKEN_VARIABLE, read_token
 from elastic_ep.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from elastic_ep.serving.config import ServeConfig
+    from elastic_ep.serving.remote import RemoteRanks
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--staging-bytes", type=int, default=1 << 30, metavar="BYTES", help=staging_help)
     scrub_help = "how fast a rank looks whether its slots still hold what was verified; 0: never"
     parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)
+    _add_remote(parser)
     parser.add_argument("--step-timeout", type=float, default=10.0, metavar="SECONDS", help="a step this long has a hung rank in it")
     parser.add_argument("--heartbeat-timeout", type=float, default=0.9, metavar="SECONDS", help="silence after which a rank is looked at")
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="SECONDS", help="time for a rank to read dense weights")
@@ -64,6 +68,38 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--fault-file", default="", metavar="FILE", help=file_help)
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="WARNING", help="what to log")
     parser.add_argument("--json", action="store_true", help="print one JSON object when serving begins, instead of a line of text")
+
+
+def _add_remote(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("ranks on other hosts", "each host joins with: elastic-ep rank --controller tcp://HOST:PORT")
+    remote_help = "give the last N ranks to the host whose agent calls itself NODE; several with commas"
+    group.add_argument("--remote-ranks", action="append", default=[], metavar="NODE=N", help=remote_help)
+    group.add_argument("--control-listen", metavar="tcp://HOST:PORT", help="where other hosts reach the controller")
+    group.add_argument("--token-file", metavar="FILE", help=f"file with the token that both sides must know, or ${TOKEN_VARIABLE}")
+    group.add_argument("--node", metavar="LABEL", help="label of this host's failure domain; its name if not given")
+    group.add_argument("--mesh-host", metavar="HOST", help="address at which other hosts reach this host's ranks; --control-listen's host")
+    wait_help = "how long to wait for other hosts at start before serving without them; they may come later"
+    group.add_argument("--remote-wait", type=float, default=60.0, metavar="SECONDS", help=wait_help)
+
+
+def _remote(args: argparse.Namespace) -> RemoteRanks | None:
+    from elastic_ep.serving.remote import RemoteRanks, parse_nodes
+
+    if not args.remote_ranks:
+        for name in ("control_listen", "token_file", "node", "mesh_host"):
+            if getattr(args, name) is not None:
+                raise InvalidInputError(f"--{name.replace('_', '-')} is for ranks on other hosts; say which by --remote-ranks NODE=N")
+        return None
+    if args.control_listen is None:
+        raise InvalidInputError("--remote-ranks needs --control-listen tcp://HOST:PORT, where the other hosts reach the controller")
+    return RemoteRanks(
+        nodes=parse_nodes(args.remote_ranks),
+        control_listen=args.control_listen,
+        token=read_token(args.token_file),
+        node=args.node or socket.gethostname(),
+        mesh_host=args.mesh_host or "",
+        wait_s=args.remote_wait,
+    )
 
 
 def make_config(args: argparse.Namespace) -> ServeConfig:
@@ -92,6 +128,7 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         step_timeout_s=args.step_timeout,
         heartbeat_timeout_s=args.heartbeat_timeout,
         log_level=args.log_level,
+        remote=_remote(args),
         faults=_faults(args.fault),
         fault_file=args.fault_file,
         start_timeout_s=args.start_timeout,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from elastic_ep.models.engine import ElasticEngine
-from elastic_ep.runtime.dispatch.base import Dispatcher
+from elastic_ep.runtime.dispatch.base import MeshDispatcher
 from elastic_ep.runtime.dispatch.faulty import FaultyDispatcher
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 from elastic_ep.runtime.faults import FaultFile, FaultPlan, parse_fault
@@ -36,7 +36,7 @@ def rank_main(config: dict[str, Any]) -> int:
     faults = [parse_fault(**fault) for fault in config["faults"]]
     file = FaultFile(config["fault_file"]) if config.get("fault_file") else None
 
-    def make_dispatcher(control: socket.socket, faults: FaultPlan) -> Dispatcher:
+    def make_dispatcher(control: socket.socket, faults: FaultPlan) -> MeshDispatcher:
         watcher = faults or None
         inner = SocketDispatcher(
             rank.rank, rank.listen, token=rank.token, interrupt=control, deadline_s=rank.exchange_timeout_s, faults=watcher

@@ -32,16 +32,18 @@ from elastic_ep.brain.messages import (
     RunStep,
     Shutdown,
     Stage,
+    StartOver,
     StepDone,
     StepFailed,
 )
-from elastic_ep.core.errors import CheckpointError, ElasticEPError
+from elastic_ep.core.errors import CheckpointError, ElasticEPError, InvalidInputError
 from elastic_ep.core.placement import ExpertPlacement
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.core.topology import Topology
 from elastic_ep.runtime.control import wire
-from elastic_ep.runtime.control.address import connect
-from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
+from elastic_ep.runtime.control.address import dial
+from elastic_ep.runtime.control.auth import AuthError, Role
+from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, MeshDispatcher, PeerFailed
 from elastic_ep.runtime.engine import Engine, SlotLoad
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.rank_config import RankConfig
@@ -55,6 +57,8 @@ log = logging.getLogger(__name__)
 
 EXIT_CONTROLLER_GONE = 3
 EXIT_FATAL = 4
+EXIT_START_OVER = 5
+"""the controller said that this process was given up"""
 
 
 class ControlChannel:
@@ -118,6 +122,9 @@ class Rank:
                     return EXIT_CONTROLLER_GONE
                 case Shutdown():
                     return 0
+                case StartOver():
+                    log.warning("told to start over: %s", message.reason)
+                    return EXIT_START_OVER
                 case Install():
                     self.channel.send(self._install(message))
                     self.faults.reach("install_told", epoch=message.epoch)
@@ -202,10 +209,16 @@ class Rank:
         return StepDone(order.epoch, order.step, tuple(output.tokens), (time.monotonic() - started) * 1e3, output.expert_counts)
 
 
-def _beat(channel: ControlChannel, interval_s: float) -> None:
-    """Heartbeat thread. When the controller's end is closed nothing this process does can matter any more: end it, whatever it is in."""
+def _beat(channel: ControlChannel, interval_s: float, guardian_pid: int | None) -> None:
+    """Heartbeat thread. When the controller's end is closed, or the guardian has ended, nothing this process does can matter any more:
+    end it, whatever it is in."""
     poll = select.poll()
     poll.register(channel.sock, select.POLLHUP | select.POLLRDHUP)
+    if guardian_pid is not None:
+        try:
+            poll.register(os.pidfd_open(guardian_pid), select.POLLIN)
+        except ProcessLookupError:
+            os._exit(EXIT_CONTROLLER_GONE)
     sequence = 0
     while True:
         try:
@@ -214,7 +227,20 @@ def _beat(channel: ControlChannel, interval_s: float) -> None:
             os._exit(EXIT_CONTROLLER_GONE)
         sequence += 1
         if poll.poll(interval_s * 1e3):
-            os._exit(EXIT_CONTROLLER_GONE)
+            os._exit(_last_word(channel.sock))
+
+
+def _last_word(sock: socket.socket) -> int:
+    """The exit status for a closed channel: the controller may have said why."""
+    try:
+        sock.setblocking(False)
+        message = wire.receive(sock)
+    except (OSError, wire.WireError):
+        return EXIT_CONTROLLER_GONE
+    if isinstance(message, StartOver):
+        log.warning("told to start over: %s", message.reason)
+        return EXIT_START_OVER
+    return EXIT_CONTROLLER_GONE
 
 
 def weights_listen(mesh: str) -> str:
@@ -224,28 +250,45 @@ def weights_listen(mesh: str) -> str:
     return f"{mesh}.weights"
 
 
+def _say_hello(channel: ControlChannel, config: RankConfig, dispatcher: MeshDispatcher) -> tuple[PeerServer, str]:
+    """Be reachable, and tell where. Over TCP the token was proved, and is not sent. Returns the server of weights and its address.
+
+    Raises InvalidInputError, after the hello, when there is nowhere to listen.
+    """
+    token = config.token if channel.sock.family == socket.AF_UNIX else ""
+    server = PeerServer(config.rank, weights_listen(config.listen), config.token)
+    address, weights, failure = config.listen, "", None
+    try:
+        address, weights = dispatcher.listen(), server.start()
+    except InvalidInputError as error:
+        failure = error
+    channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), token, address, weights))
+    if failure is not None:
+        raise failure
+    return server, weights
+
+
 def run(
     config: RankConfig,
     make_engine: Callable[[], Engine],
-    make_dispatcher: Callable[[socket.socket, FaultPlan], Dispatcher],
+    make_dispatcher: Callable[[socket.socket, FaultPlan], MeshDispatcher],
     make_faults: Callable[[socket.socket], FaultPlan],
 ) -> int:
     """The whole life of a rank process. Returns its exit status; every reason for a non-zero one was told to the controller."""
     try:
-        sock = connect(config.controller, config.connect_timeout_s)
-        channel = ControlChannel(sock)
-        peer_server = PeerServer(config.rank, weights_listen(config.listen), config.token)
-        weights = peer_server.start()
-        channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), config.token, config.listen, weights))
-    except OSError as error:
+        sock = dial(config.controller, config.connect_timeout_s, config.token, Role.RANK)
+    except (OSError, AuthError) as error:
         log.warning("rank %d: no controller at %s: %s", config.rank, config.controller, error)
         return EXIT_CONTROLLER_GONE
-    threading.Thread(target=_beat, args=(channel, config.heartbeat_interval_s), name="heartbeat", daemon=True).start()
+    channel = ControlChannel(sock)
     faults = make_faults(sock)
-    faults.reach("hello_said")
     dispatcher = make_dispatcher(sock, faults)
     try:
-        return Rank(config, channel, make_engine(), dispatcher, faults, (peer_server, weights)).serve()
+        weights = _say_hello(channel, config, dispatcher)
+        beat = (channel, config.heartbeat_interval_s, config.guardian_pid)
+        threading.Thread(target=_beat, args=beat, name="heartbeat", daemon=True).start()
+        faults.reach("hello_said")
+        return Rank(config, channel, make_engine(), dispatcher, faults, weights).serve()
     except ElasticEPError as error:
         channel.send(RankFatal(str(error)))
         return EXIT_FATAL

@@ -14,6 +14,7 @@ from elastic_ep.core.topology import Topology
 from elastic_ep.models.kernels import kernels
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.faults import parse_fault
+from elastic_ep.serving.remote import RemoteRanks
 
 HOST_SPEEDS = LinkSpeeds(same_node=2e9, other_node=1e9, host=5e9, checkpoint=1.5e9)
 """bytes per second between processes of a CPU host, as benchmarks/recovery.py measures them; they choose among sources"""
@@ -34,7 +35,7 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """One server: a checkpoint over `ep_size` ranks of this host.
+    """One server: a checkpoint over `ep_size` ranks, of this host unless `remote` says otherwise.
 
     Attributes:
         num_redundant_experts: physical slots per layer beyond one per expert; rounded up so that slots divide over the ranks.
@@ -45,6 +46,7 @@ class ServeConfig:
         rebalance_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         staging_bytes: what a rank may hold beside its slots while experts move in the background.
         scrub_bytes_per_s: how fast a rank looks whether its slots still hold what was verified; 0 never.
+        remote: which of the ranks live on other hosts; None for none.
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
         fault_file: where running ranks look for faults (see `FaultFile`); for tests.
@@ -74,6 +76,7 @@ class ServeConfig:
     scrub_bytes_per_s: float = 32e6
     detect: bool = True
     log_level: str = "WARNING"
+    remote: RemoteRanks | None = None
     faults: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     fault_file: str = ""
     start_timeout_s: float = 300.0
@@ -119,7 +122,7 @@ class ServeConfig:
                 f"--num-redundant-experts is {self.num_redundant_experts}: {per_rank} slots per rank, but only {num_experts} experts "
                 f"to fill them; give at most {most}"
             )
-        return Topology((per_rank,) * self.ep_size)
+        return Topology((per_rank,) * self.ep_size, {} if self.remote is None else {"node": self.remote.labels(self.ep_size)})
 
     def model_len(self, spec: ModelSpec) -> int:
         """Longest prompt + completion: what the model, the KV and `--max-model-len` allow."""
@@ -151,6 +154,7 @@ class ServeConfig:
                 expert_bytes=slot_bytes,
                 speeds=HOST_SPEEDS,
                 staging_slots=max(1, self.staging_bytes // slot_bytes),
+                spread="rank" if self.remote is None else "node",
             ),
             limits=self.limits(),
             boot_timeout_s=self.start_timeout_s,

@@ -22,14 +22,17 @@ from elastic_ep.brain import events as ev
 from elastic_ep.brain import planner
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.events import FailureCause, GenerationRequest, TokenEvent
-from elastic_ep.brain.messages import Hello, RankMessage
+from elastic_ep.brain.messages import Hello, RankMessage, StartOver
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.recovery import Phase
 from elastic_ep.models.spec import ModelSpec
+from elastic_ep.runtime.control.address import tcp_address
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
-from elastic_ep.runtime.launch.process import LocalProcess
+from elastic_ep.runtime.launch.process import LocalProcess, ProcessState
 from elastic_ep.runtime.rank_config import RankConfig
+from elastic_ep.runtime.weights.fingerprint import fingerprint
 from elastic_ep.runtime.weights.host import HostBackup
+from elastic_ep.serving.agents import Agents, Hooks
 from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
@@ -43,6 +46,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT_S = 5.0
 EXIT_GRACE_S = 0.005
 """How long an exit waits for the launcher to say how it came about."""
+REMOTE_EXIT_GRACE_S = 0.02
+"""How long a remote rank's closed channel waits for its agent to say why."""
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
 RUN_DIR_PREFIX = "elastic-ep-"
@@ -79,6 +84,7 @@ class Controller:
         self.brain: Brain
         self.error = ""
         self._token = secrets.token_hex(16)
+        self._agents: Agents | None = None
         self._links: dict[tuple[int, int], RankLink] = {}
         self._processes: dict[tuple[int, int], LocalProcess] = {}
         self._unreported: set[tuple[int, int]] = set()
@@ -120,8 +126,20 @@ class Controller:
             self._backup = HostBackup(self._backup_fd, *shape)
             log.warning("host backup: %d bytes of this host's memory for all experts, filled while serving", self._backup.num_bytes)
         self.brain = Brain(self.settings, time.monotonic())
+        await self._let_agents_in()
         self._start_ranks()
         self._set_timer()
+
+    async def _let_agents_in(self) -> None:
+        remote, checkpoint = self.config.remote, self.config.checkpoint
+        if remote is None:
+            return
+        mark = await self._loop.run_in_executor(None, fingerprint, checkpoint)
+        hooks = Hooks(self._feed, self._fail, self._why_given_up)
+        folder = str(Path(checkpoint).resolve())
+        self._agents = Agents(remote, self.config.ep_size, folder, mark, self.settings.heartbeat_timeout_s, hooks)
+        self._token = self._agents.run_token
+        await self._agents.listen(lambda: self._make_link(token=""))
 
     def _start_ranks(self) -> None:
         self._start_launcher()
@@ -135,6 +153,9 @@ class Controller:
         self._launcher.start(self._loop)
 
     def _start_rank(self, rank: int, incarnation: int) -> None:
+        if self._agents is not None and self._agents.is_remote(rank):
+            self._agents.start(rank, incarnation, self._rank_program(rank, incarnation))
+            return
         if not self._launcher.is_running:
             self._start_launcher()
         self._unreported.add((rank, incarnation))
@@ -143,6 +164,8 @@ class Controller:
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
         topology = self.brain.state.topology
         listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
+        if self.config.remote is not None:
+            listen = f"{tcp_address(self.config.remote.host, 0)}#{incarnation}"  # an agent puts its own host here
         config = RankConfig(
             rank,
             incarnation,
@@ -187,6 +210,8 @@ class Controller:
         if self._timer:
             self._timer.cancel()
         self._server.close()
+        if self._agents is not None:
+            await self._agents.close(self.error or "the server stopped")
         for link in list(self._links.values()):
             link.close()
         pending = [p for p in self._processes.values() if not p.has_exited]
@@ -289,13 +314,14 @@ class Controller:
 
     # ---- ranks
 
-    def _make_link(self) -> RankLink:
-        return RankLink(self._token, self._on_hello, self._on_message, self._on_link_closed)
+    def _make_link(self, token: str | None = None) -> RankLink:
+        return RankLink(self._token if token is None else token, self._on_hello, self._on_message, self._on_link_closed)
 
     def _on_hello(self, link: RankLink, hello: Hello) -> None:
         key = (hello.rank, hello.incarnation)
-        if key in self._links or not self.brain.expects(*key):
-            link.close()  # a second one, or one given up before it spoke: with its channel closed the process ends itself
+        refusal = self._why_given_up(*key) or (f"rank {hello.rank} has a process already" if key in self._links else "")
+        if refusal:
+            link.refuse(StartOver(refusal))
             return
         self._links[key] = link
         self._feed(ev.RankConnected(hello))
@@ -313,8 +339,19 @@ class Controller:
         state = process.state() if process else None
         if state is not None and state.is_ending:
             self._ended(*key, state.exit)
+        elif self._agents is not None and self._agents.is_remote(key[0]):
+            self._loop.call_later(REMOTE_EXIT_GRACE_S, self._fail, *key, FailureCause.CHANNEL_CLOSED, "")
         else:
             self._fail(*key, FailureCause.CHANNEL_CLOSED, "")
+
+    def _why_given_up(self, rank: int, incarnation: int) -> str:
+        """Why this process is not, and will not be, a member; "" if it is or may be."""
+        if self.brain.expects(rank, incarnation):
+            return ""
+        if not 0 <= rank < len(self.brain.state.seats):
+            return f"there is no rank {rank}"
+        failure = self.brain.state.seats[rank].failure
+        return f"process {incarnation} of rank {rank} was given up ({failure}); the group is at epoch {self.brain.state.membership.epoch}"
 
     def _ended(self, rank: int, incarnation: int, how: str) -> None:
         if how:
@@ -360,11 +397,13 @@ class Controller:
         process = self._processes.get((rank, incarnation))
         if process is not None:
             process.kill()
+        elif self._agents is not None and self._agents.is_remote(rank):
+            self._agents.kill(rank, incarnation)
         self._feed(ev.RankFenced(rank, incarnation))
 
     def _probe(self, rank: int, incarnation: int) -> None:
         process = self._processes.get((rank, incarnation))
-        state = process.state() if process else None
+        state = process.state() if process else self._remote_state(rank, incarnation)
         if state is None:
             self._fail(rank, incarnation, FailureCause.HEARTBEAT, f"silent for {self.settings.heartbeat_timeout_s:g} s")
         elif state.is_ending:
@@ -373,6 +412,11 @@ class Controller:
             self._fail(rank, incarnation, FailureCause.STOPPED, "seen stopped")
         else:
             self._feed(ev.RankRuns(rank, incarnation))
+
+    def _remote_state(self, rank: int, incarnation: int) -> ProcessState | None:
+        """What its agent says of it, if that can be reached."""
+        letter = self._agents.state_of(rank, incarnation) if self._agents is not None else ""
+        return ProcessState(letter, letter in ("Z", "X"), "") if letter else None
 
     # ---- Backend
 
@@ -405,7 +449,10 @@ class Controller:
         self.eventlog.close()
 
     def status(self) -> dict[str, Any]:
-        status = status_object(self.brain.state, {key: process.pid for key, process in self._processes.items()})
+        pids = {key: process.pid for key, process in self._processes.items()}
+        status = status_object(self.brain.state, pids | (self._agents.pids() if self._agents is not None else {}))
+        if self._agents is not None:
+            status["nodes"] = self._agents.status()
         if self._backup is not None:
             ready = int(self._backup.experts.sum())
             status["host_backup"] = {"bytes": self._backup.num_bytes, "experts": ready, "of": self._backup.experts.size}

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import cast
 
-from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage
+from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage, StartOver
 from elastic_ep.runtime.control.wire import MessageBuffer, WireError, encode
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,13 @@ class RankLink(asyncio.Protocol):
     def send(self, message: ControllerMessage) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode(message))
+
+    def refuse(self, message: StartOver) -> None:
+        """Say why, then close."""
+        self.hello = None
+        if self._transport is not None:
+            self._transport.write(encode(message))
+            self._transport.close()
 
     def close(self) -> None:
         if self._transport is not None:

@@ -16,11 +16,13 @@ def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int]) -> dic
         if sequence.home is not None:
             running[sequence.home] += 1
     slots = brain.settings.topology.slots_per_rank
+    nodes = brain.settings.topology.domains.get("node")
     ranks = [
         {
             "rank": seat.rank,
             "pid": seat.pid or pids.get((seat.rank, seat.incarnation)),
             "host": seat.host,
+            **({} if nodes is None else {"node": nodes[seat.rank]}),
             "device": "cpu",
             "state": seat.state.value,
             "incarnation": seat.incarnation,

@@ -26,6 +26,7 @@ _KINDS: tuple[type, ...] = (
     messages.Stage,
     messages.Staged,
     messages.StageFailed,
+    messages.StartOver,
 )
 _KIND_OF = {cls: i for i, cls in enumerate(_KINDS)}
 _DECODERS: list[msgspec.msgpack.Decoder[Any]] = [msgspec.msgpack.Decoder(cls) for cls in _KINDS]

@@ -105,3 +105,11 @@ class Dispatcher(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class MeshDispatcher(Dispatcher, Protocol):
+    """A dispatcher that peers dial."""
+
+    def listen(self) -> str:
+        """Be reachable, from now on; returns the address. Raises InvalidInputError."""
+        ...

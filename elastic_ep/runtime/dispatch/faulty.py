@@ -7,16 +7,19 @@ from collections.abc import Mapping
 import torch
 
 from elastic_ep.core.routing import RoutingTable
-from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, Interrupted, PeerFailed, StepPoint
+from elastic_ep.runtime.dispatch.base import DispatchHandle, Interrupted, MeshDispatcher, PeerFailed, StepPoint
 from elastic_ep.runtime.faults import FaultPlan
 
 
 class FaultyDispatcher:
     """`inner`, whatever its backend."""
 
-    def __init__(self, inner: Dispatcher, faults: FaultPlan) -> None:
+    def __init__(self, inner: MeshDispatcher, faults: FaultPlan) -> None:
         self._inner = inner
         self._faults = faults
+
+    def listen(self) -> str:
+        return self._inner.listen()
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
         return self._inner.connect(peers, deadline_s)
