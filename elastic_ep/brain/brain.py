@@ -6,10 +6,11 @@ voids the step in flight, fences the failed rank, makes a new epoch, plans, inst
 
 from __future__ import annotations
 
-from elastic_ep.brain import absence, changes, epochs, members, steps
+from elastic_ep.brain import absence, changes, epochs, members, operations, steps
 from elastic_ep.brain.events import (
     Cancelled,
     Command,
+    DrainRequested,
     Event,
     FailureCause,
     Planned,
@@ -19,6 +20,7 @@ from elastic_ep.brain.events import (
     RankFenced,
     RankRuns,
     RankSaid,
+    ScaleRequested,
     SeatsAbsent,
     SeatsPresent,
     StopRequested,
@@ -85,6 +87,8 @@ class Brain:
                 changes.on_planned(state, event, now)
             case Planned():
                 epochs.on_planned(state, event, now)
+            case ScaleRequested() | DrainRequested():
+                operations.begin(state, event, now)
             case StopRequested():
                 state.stopping = True
         steps.run_step(state, now)
@@ -95,7 +99,7 @@ class Brain:
     def next_deadline(self) -> float | None:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
-        times = [state.boot_deadline, state.fence_deadline, state.silence_check_at, state.starts_due_at]
+        times = [state.boot_deadline, state.fence_deadline, state.silence_check_at, state.starts_due_at, state.rebalance_at]
         if state.change:
             times.append(state.change.deadline)
         for transaction in (state.step, state.install):
@@ -189,6 +193,7 @@ class Brain:
         state = self.state
         changes.start_seats(state, now)
         changes.check_deadline(state, now)
+        changes.check_rebalance(state, now)
         if state.silence_check_at <= now:
             self._check_silence(now)
         if state.boot_deadline is not None and state.boot_deadline <= now:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.brain import epochs, members
+from elastic_ep.brain import epochs, members, operations
 from elastic_ep.brain.events import FailureCause, GroupPlan, MakePlan, Planned, Send, StartRank
 from elastic_ep.brain.messages import Stage, Staged, StageFailed
 from elastic_ep.brain.seats import Seat, SeatState
@@ -40,15 +40,38 @@ def consider(state: BrainState, now: float) -> None:
         assert state.change.plan is not None
         _stage(state, state.change, state.change.plan, now)
         return
-    joiners = tuple(s.rank for s in state.seats if s.state is SeatState.READY and not state.membership.is_active(s.rank))
-    if not joiners and not state.restore_due:
+    operations.grow(state, now)
+    ready = [s.rank for s in state.seats if s.state is SeatState.READY and not state.membership.is_active(s.rank)]
+    joiners = tuple(rank for rank in ready if not operations.is_held_back(state, rank))
+    leavers = () if joiners else operations.leavers_ready(state)
+    kind = _kind(state, joiners, leavers)
+    if kind is None:
         return
-    kind = ChangeKind.REJOIN if joiners else ChangeKind.RESTORE
-    active = tuple(int(state.membership.is_active(s.rank) or s.rank in joiners) for s in state.seats)
-    state.restore_due = False
+    active = tuple(int((state.membership.is_active(s.rank) or s.rank in joiners) and s.rank not in leavers) for s in state.seats)
+    state.restore_due = state.rebalance_due = False
     state.changes_made += 1
-    state.change = Change(state.changes_made, kind, joiners, active, now)
+    state.change = Change(state.changes_made, kind, joiners, leavers, active, now)
     state.out.append(MakePlan(state.membership.epoch, active, state.change.number))
+
+
+def _kind(state: BrainState, joiners: tuple[int, ...], leavers: tuple[int, ...]) -> ChangeKind | None:
+    """Why a change is to be made now, the weightiest reason first; None: there is none."""
+    if joiners:
+        wanted = state.operation.joiners if state.operation is not None else ()
+        return ChangeKind.JOIN if set(joiners) & set(wanted) else ChangeKind.REJOIN
+    if leavers:
+        return ChangeKind.DRAIN
+    if state.restore_due:
+        return ChangeKind.RESTORE
+    return ChangeKind.REBALANCE if state.rebalance_due else None
+
+
+def check_rebalance(state: BrainState, now: float) -> None:
+    """At the interval's end, have a placement made for the recorded load; `on_planned` judges whether it is worth its moves."""
+    if state.rebalance_at is None or state.rebalance_at > now:
+        return
+    state.rebalance_at = now + state.settings.rebalance_interval_s
+    state.rebalance_due = state.load.recent() is not None
 
 
 def on_planned(state: BrainState, event: Planned, now: float) -> None:
@@ -56,8 +79,12 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
     change = state.change
     if change is None or event.change != change.number or event.epoch != state.membership.epoch:
         return
-    if event.plan is None or (change.kind is ChangeKind.RESTORE and not event.plan.loads):
+    if event.plan is None or (change.kind in (ChangeKind.RESTORE, ChangeKind.REBALANCE) and not event.plan.loads):
         state.change = None
+        return
+    if change.kind is ChangeKind.REBALANCE and event.plan.gain < state.settings.rebalance_min_gain:
+        state.change = None
+        state.publish("rebalance_skipped", gain=round(event.plan.gain, 4), needed=state.settings.rebalance_min_gain)
         return
     change.plan, change.later = event.plan, event.then
     _stage(state, change, event.plan, now)
@@ -114,13 +141,16 @@ def switch(state: BrainState, now: float) -> None:
     state.change = None
     if change.later:
         state.changes_made += 1
-        state.next_round = Change(state.changes_made, change.kind, (), change.active, now, plan=change.later[0], later=change.later[1:])
+        state.next_round = Change(state.changes_made, change.kind, (), (), change.active, now, plan=change.later[0], later=change.later[1:])
     state.membership = Membership(state.membership.epoch + 1, change.active)
-    state.record = RecoveryRecord(change.kind.value, list(change.joiners), last_sign=now, detected=now, tier=Tier.REBALANCE)
+    ranks = [*change.joiners, *change.leavers]
+    state.record = RecoveryRecord(change.kind.value, ranks, last_sign=now, detected=now, tier=Tier.REBALANCE)
     state.record.epoch, state.record.agreed, state.record.planned = state.membership.epoch, now, now
     state.record.reason = change.plan.reason
     state.record.bytes_moved.update(change.bytes_read)
     state.plan = change.plan
-    reason = f"{change.kind.value} of ranks {list(change.joiners)}, {len(change.plan.loads)} experts staged"
+    reason = f"{change.kind.value} of ranks {ranks}, {len(change.plan.loads)} experts staged"
     state.group.apply(Trigger.CHANGE_STAGED, now=now, epoch=state.membership.epoch, reason=reason)
     epochs.send_installs(state, change.plan, now)
+    for rank in change.leavers:
+        operations.retire(state, state.seats[rank], now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.brain import members
+from elastic_ep.brain import members, operations
 from elastic_ep.brain.events import FailureCause, GroupPlan, Planned, Send
 from elastic_ep.brain.messages import Install, Installed, InstallFailed, LoadOrder
 from elastic_ep.brain.seats import Seat, SeatState
@@ -104,6 +104,7 @@ def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) 
             state.seats[rank].move(SeatState.ACTIVE)
             state.seats[rank].failed_starts = 0
             state.seats[rank].member_since = now
+    operations.check(state, now)
     if state.record:
         state.record.moved = now
     state.group.apply(Trigger.INSTALLED, now=now, epoch=message.epoch, reason=f"{len(state.membership.ranks)} ranks installed")

@@ -14,6 +14,7 @@ from elastic_ep.core.links import Source
 from elastic_ep.core.placement import ExpertPlacement
 
 Finish = Literal["stop", "length", "error"]
+Drain = Literal["move", "finish"]
 
 
 class FailureCause(enum.Enum):
@@ -116,6 +117,24 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaleRequested:
+    """The operator wants so many ranks. `drain`: "move" computes the leavers' requests elsewhere, "finish" lets them end first."""
+
+    operation_id: str
+    new_ep_size: int
+    drain: Drain = "move"
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """The operator wants this rank gone."""
+
+    operation_id: str
+    rank: int
+    drain: Drain = "move"
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """Graceful: no new requests, finish those that run, then stop the ranks."""
 
@@ -136,6 +155,8 @@ Event = (
     | Planned
     | Submitted
     | Cancelled
+    | ScaleRequested
+    | DrainRequested
     | StopRequested
     | TimePassed
 )
@@ -187,6 +208,7 @@ class GroupPlan:
         loads: (layer, slot, expert) in the order to be loaded, and `sources`, where each is to come from.
         experts_lost: (layer, expert) pairs that no member held before the loads.
         survives: what the placement survives from here, as `/elastic/status` shows it.
+        gain: by how much the busiest ranks get faster at the recorded load once all rounds are installed, as a share.
     """
 
     placement: ExpertPlacement
@@ -197,6 +219,7 @@ class GroupPlan:
     survives: dict[str, Any]
     reason: str
     sources: tuple[Source, ...]
+    gain: float = 0.0
 
 
 # ---- commands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elastic_ep.brain import operations
 from elastic_ep.brain.events import Emit, FailureCause, Fence, MakePlan, RankFenced, Send, Stopped, TokenEvent
 from elastic_ep.brain.messages import Shutdown
 from elastic_ep.brain.requests import Sequence
@@ -50,6 +51,7 @@ def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: fl
     if not was_member:
         if state.change is not None and rank in state.change.joiners:
             drop_change(state)
+        operations.on_seat_lost(state, rank, now)
         return
     drop_change(state)
     void(state)
@@ -82,6 +84,9 @@ def drop_change(state: BrainState) -> None:
 
 
 def may_restart(state: BrainState, seat: Seat) -> bool:
+    """Whether its seat is to get another process."""
+    if seat.state is SeatState.RETIRED or seat.is_leaving:
+        return False
     return state.settings.restart and not state.stopping and seat.failed_starts < state.settings.restart_limit
 
 
@@ -104,7 +109,9 @@ def on_fenced(state: BrainState, event: RankFenced, now: float) -> None:
 
 def bury(state: BrainState, seat: Seat, now: float) -> None:
     """Its place is empty now: forget what it held, move its requests, and perhaps start another process for the seat."""
-    seat.move(SeatState.DEAD)
+    leaves = seat.is_leaving or (state.operation is not None and seat.rank in state.operation.leavers)
+    seat.move(SeatState.RETIRED if leaves else SeatState.DEAD)
+    seat.is_leaving = False
     lived = 0.0 if seat.member_since is None else now - seat.member_since
     seat.quick_deaths = 0 if lived >= state.settings.restart_reset_s else seat.quick_deaths + 1
     seat.member_since = None
@@ -112,9 +119,11 @@ def bury(state: BrainState, seat: Seat, now: float) -> None:
     state.release[seat.rank] = []
     moved = state.requests.evict_rank(seat.rank)
     state.publish("rank_fenced", rank=seat.rank, requests_moved=len(moved))
-    if seat.absent:
-        return  # its host comes back, or not (absence.py)
-    if may_restart(state, seat):
+    if leaves:
+        operations.check(state, now)
+    elif seat.absent:
+        pass  # its host comes back, or not (absence.py)
+    elif may_restart(state, seat):
         wait = state.settings.restart_backoff_s * 2 ** min(max(0, seat.quick_deaths - 1), 16)
         seat.restart_at = now + min(wait, state.settings.restart_backoff_max_s)
         due = state.starts_due_at

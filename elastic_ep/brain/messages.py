@@ -155,7 +155,8 @@ class StepDone:
     step: int
     tokens: tuple[SampledToken, ...]
     compute_ms: float
-    expert_counts: list[list[int]] | None = None
+    expert_counts: bytes | None = None
+    """uint32 [L, E]: what this rank's own tokens asked of each expert since it last reported; every few steps"""
 
 
 @dataclass(frozen=True, slots=True)

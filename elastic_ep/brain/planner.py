@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from elastic_ep.core.eplb.resilient import solve_placement
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.links import LinkSpeeds, Source, SourceKind
 from elastic_ep.core.placement import EMPTY, ExpertPlacement
+from elastic_ep.core.quotas import level_quotas, rank_loads
 from elastic_ep.core.survivability import survives
 from elastic_ep.core.topology import Topology
 from elastic_ep.core.transfer import Round, pick_sources, plan_transfer
@@ -83,6 +84,7 @@ def plan_change(
     """
     held = _live(topology, active, contents)
     solved = _solve(settings, topology, active, held, load, max_moves=None)
+    gain = 0.0 if load is None else _gain(ExpertPlacement(held.copy(), settings.num_experts), solved, topology, load)
     transfer = plan_transfer(
         held,
         solved.placement,
@@ -102,7 +104,15 @@ def plan_change(
             plans.append(_final(solved, topology, active, loads, sources))
         else:
             plans.append(_between(held.copy(), settings.num_experts, topology, active, loads, sources, number))
-    return tuple(plans) or (_final(solved, topology, active, (), ()),)
+    plans = plans or [_final(solved, topology, active, (), ())]
+    return tuple(replace(each, gain=gain) for each in plans)
+
+
+def _gain(before: ExpertPlacement, solved: PlacementPlan, topology: Topology, load: NDArray[np.float64]) -> float:
+    """How much less the busiest ranks of all layers have to do, as a share of what is left for them."""
+    now = rank_loads(load, before, topology, level_quotas(load, before, topology)).max(axis=1).sum()
+    then = rank_loads(load, solved.placement, topology, solved.quotas).max(axis=1).sum()
+    return float(now / then - 1) if then else 0.0
 
 
 def _live(topology: Topology, active: tuple[int, ...], contents: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -38,9 +38,9 @@ def place_waiting(table: RequestTable, ranks: Iterable[int], limits: SchedulerLi
     count = dict.fromkeys(ranks, 0)
     reserved = dict.fromkeys(count, 0)
     for sequence in table.running.values():
-        assert sequence.home is not None
-        count[sequence.home] += 1
-        reserved[sequence.home] += limits.reserved(sequence.max_length)
+        if sequence.home in count:  # not one that is leaving
+            count[sequence.home] += 1
+            reserved[sequence.home] += limits.reserved(sequence.max_length)
     placed = []
     for sequence in list(table.waiting.values()):
         need = limits.reserved(sequence.max_length)

@@ -23,6 +23,8 @@ class SeatState(enum.Enum):
     """it failed; being made harmless"""
     DEAD = "dead"
     """it is gone; the seat is empty, perhaps until a restart"""
+    RETIRED = "retired"
+    """the seat was given up on purpose; it is filled again only when the group grows"""
 
 
 _S = SeatState
@@ -31,8 +33,9 @@ _ALLOWED: dict[SeatState, tuple[SeatState, ...]] = {
     _S.LOADING: (_S.READY, _S.FENCING),
     _S.READY: (_S.ACTIVE, _S.FENCING),
     _S.ACTIVE: (_S.FENCING,),
-    _S.FENCING: (_S.DEAD,),
-    _S.DEAD: (_S.STARTING,),
+    _S.FENCING: (_S.DEAD, _S.RETIRED),
+    _S.DEAD: (_S.STARTING, _S.RETIRED),
+    _S.RETIRED: (_S.STARTING,),
 }
 
 
@@ -62,6 +65,8 @@ class Seat:
     absent: str = ""
     """why no process can be started here (its host is away); "" when one can"""
     restart_at: float | None = None
+    is_leaving: bool = False
+    """being fenced because its seat is to be retired"""
     start_deadline: float | None = None
     """when a process that was started again must have its dense weights"""
 
@@ -73,4 +78,4 @@ class Seat:
     @property
     def is_alive(self) -> bool:
         """Its process may be running and has not been given up."""
-        return self.state not in (SeatState.FENCING, SeatState.DEAD)
+        return self.state not in (SeatState.FENCING, SeatState.DEAD, SeatState.RETIRED)

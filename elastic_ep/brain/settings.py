@@ -28,6 +28,9 @@ class BrainSettings:
         restart_limit: so many in a row that never became a member, and the seat stays empty.
         stage_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         max_waiting: requests that may wait; one more is refused.
+        load_window_s: how finely expert loads are recorded.
+        rebalance_interval_s: how often to look whether another placement would serve the recorded load better; 0 never.
+        rebalance_min_gain: by how much the busiest ranks must get faster for experts to be moved, as a share.
     """
 
     topology: Topology
@@ -49,6 +52,9 @@ class BrainSettings:
     restart_limit: int = 5
     stage_bytes_per_s: float = 0.0
     max_waiting: int = 1024
+    load_window_s: float = 10.0
+    rebalance_interval_s: float = 0.0
+    rebalance_min_gain: float = 0.05
 
     def stage_deadline_s(self, num_loads: int) -> float:
         """For background loads of one rank: twice what its budget, or the slowest source, needs."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_ep.brain.events import Command, GroupPlan, Publish, Send
+from elastic_ep.brain.load_recorder import LoadRecorder
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.brain.requests import RequestTable, Sequence
 from elastic_ep.brain.seats import Seat
@@ -42,6 +43,12 @@ class ChangeKind(enum.Enum):
     """processes that took dead ranks' seats become members"""
     RESTORE = "restore"
     """redundancy and balance after a recovery"""
+    REBALANCE = "rebalance"
+    """balance, because the load has changed"""
+    JOIN = "join"
+    """the group grows"""
+    DRAIN = "drain"
+    """members leave on purpose"""
 
 
 @dataclass
@@ -49,7 +56,7 @@ class Change:
     """A planned change: staged beside the live slots while steps go on, then installed between two steps.
 
     Attributes:
-        joiners: seats that become members with it.
+        joiners: seats that become members with it; `leavers` cease to be.
         active: the members after it.
         later: the rounds that follow this one.
         pending: ranks that still stage; `deadline` is when they must have.
@@ -59,6 +66,7 @@ class Change:
     number: int
     kind: ChangeKind
     joiners: tuple[int, ...]
+    leavers: tuple[int, ...]
     active: tuple[int, ...]
     started: float
     deadline: float | None = None
@@ -67,6 +75,57 @@ class Change:
     later: tuple[GroupPlan, ...] = ()
     bytes_read: Counter[str] = field(default_factory=Counter)
     is_due: bool = False
+
+
+class OperationKind(enum.Enum):
+    SCALE = "scale"
+    DRAIN = "drain"
+
+
+class OperationState(enum.Enum):
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    """undone: the group has the size that it had"""
+
+
+@dataclass
+class Operation:
+    """What an operator asked for, under a name of their own.
+
+    Attributes:
+        target: the new ep_size of a SCALE, the rank of a DRAIN.
+        drain: "move" computes the leavers' requests again elsewhere, "finish" lets them end first.
+        joiners, leavers: the ranks that it adds and retires; `seats_to_add` are not seats yet.
+    """
+
+    operation_id: str
+    kind: OperationKind
+    target: int
+    drain: str
+    started: float
+    joiners: tuple[int, ...] = ()
+    leavers: tuple[int, ...] = ()
+    seats_to_add: int = 0
+    state: OperationState = OperationState.RUNNING
+    reason: str = ""
+    finished: float | None = None
+
+    def describe(self) -> str:
+        return f"{self.kind.value} {'to' if self.kind is OperationKind.SCALE else 'of rank'} {self.target}"
+
+    def as_status(self) -> dict[str, Any]:
+        """The object of `/elastic/operations/ID`."""
+        return {
+            "operation_id": self.operation_id,
+            "operation": self.describe(),
+            "state": self.state.value,
+            "reason": self.reason,
+            "drain": self.drain,
+            "joining_ranks": list(self.joiners),
+            "leaving_ranks": list(self.leavers),
+            "seconds": None if self.finished is None else round(self.finished - self.started, 3),
+        }
 
 
 class BrainState:
@@ -78,6 +137,8 @@ class BrainState:
         topology: of the seats there are now; scaling up adds some.
         change: the planned change under way; `next_round` is what follows when it is installed; `restore_due` asks for one that
             restores redundancy.
+        load: what experts were asked for; `rebalance_at` is when to look whether another placement would serve it better.
+        operation: what an operator asked for and is not done yet; `operations` keeps the last ones by their name.
         between_steps: messages held until no step is in flight, since what a rank hears during a step interrupts it.
         record: the recovery under way; `recoveries` keeps the finished ones.
         digests: (layer, expert) -> digest of its bytes as first read.
@@ -103,6 +164,11 @@ class BrainState:
         self.next_round: Change | None = None
         self.changes_made = 0
         self.restore_due = False
+        self.load = LoadRecorder(settings.num_layers, settings.plan.num_experts, settings.load_window_s, now)
+        self.rebalance_at = now + settings.rebalance_interval_s if settings.rebalance_interval_s else None
+        self.rebalance_due = False
+        self.operation: Operation | None = None
+        self.operations: dict[str, Operation] = {}
         self.between_steps: list[Send] = []
         self.record: RecoveryRecord | None = None
         self.recoveries: deque[RecoveryRecord] = deque(maxlen=RECOVERIES_KEPT)

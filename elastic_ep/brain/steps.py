@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.brain import changes, members
+from elastic_ep.brain import changes, members, operations
 from elastic_ep.brain.events import Emit, FailureCause, Send, StepCommitted
 from elastic_ep.brain.messages import RunStep, SampledToken, SequenceWork, StepDone
 from elastic_ep.brain.requests import Sequence
@@ -24,7 +24,7 @@ def run_step(state: BrainState, now: float) -> None:
     if state.change is not None and state.change.is_due:
         changes.switch(state, now)
         return
-    place_waiting(state.requests, state.membership.ranks, state.settings.limits)
+    place_waiting(state.requests, operations.homes(state), state.settings.limits)
     work = step_work(state.requests, state.membership.ranks, state.settings.limits)
     if not any(work.values()):
         if state.group.phase is Phase.RESUMING:
@@ -44,6 +44,8 @@ def on_step_done(state: BrainState, seat: Seat, done: StepDone, now: float) -> N
     if step is None or (done.epoch, done.step) != (state.membership.epoch, step.number):
         return
     step.pending.discard(seat.rank)
+    if done.expert_counts is not None:
+        state.load.add(done.expert_counts, now)
     for token in done.tokens:
         step.tokens[token.seq_id] = token
     if not step.pending:

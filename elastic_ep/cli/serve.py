@@ -53,6 +53,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--staging-bytes", type=int, default=1 << 30, metavar="BYTES", help=staging_help)
     scrub_help = "how fast a rank looks whether its slots still hold what was verified; 0: never"
     parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)
+    interval_help = "how often to look whether another placement would serve the recorded expert loads better; 0: never"
+    parser.add_argument("--rebalance-interval", type=float, default=60.0, metavar="SECONDS", help=interval_help)
+    gain_help = "by what share the busiest ranks must get faster for experts to be moved"
+    parser.add_argument("--rebalance-min-gain", type=float, default=0.05, metavar="SHARE", help=gain_help)
+    trace_help = "write the recorded expert loads there when the server stops; `elastic-ep plan` reads it"
+    parser.add_argument("--load-trace", metavar="FILE.npz", help=trace_help)
+    drain_help = "requests of a rank that leaves on purpose: compute them again elsewhere, or let them finish first"
+    parser.add_argument("--drain", choices=["move", "finish"], default="move", help=drain_help)
     _add_remote(parser)
     parser.add_argument("--step-timeout", type=float, default=10.0, metavar="SECONDS", help="a step this long has a hung rank in it")
     parser.add_argument("--heartbeat-timeout", type=float, default=0.9, metavar="SECONDS", help="silence after which a rank is looked at")
@@ -124,6 +132,10 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         rebalance_bytes_per_s=args.rebalance_bytes_per_second,
         host_backup=args.host_backup,
         staging_bytes=args.staging_bytes,
+        rebalance_interval_s=args.rebalance_interval,
+        rebalance_min_gain=args.rebalance_min_gain,
+        load_trace=args.load_trace,
+        drain=args.drain,
         scrub_bytes_per_s=args.scrub_bytes_per_second,
         step_timeout_s=args.step_timeout,
         heartbeat_timeout_s=args.heartbeat_timeout,

@@ -125,6 +125,13 @@ class SlotContents:
         self.digests[layer, slot] = 0
         self.ordered[layer, slot] = epoch
 
+    def grow(self, num_slots: int) -> None:
+        """Room for so many more slots per layer, all empty."""
+        width = ((0, 0), (0, num_slots))
+        self.experts = np.pad(self.experts, width, constant_values=EMPTY)
+        self.digests = np.pad(self.digests, width)
+        self.ordered = np.pad(self.ordered, width)
+
     def clear_rank(self, topology: Topology, rank: int) -> None:
         """A rank died: whatever comes back in its seat starts with empty slots."""
         gone = topology.slots_of(rank)

@@ -125,7 +125,7 @@ class ElasticEngine:
                 logits = self._forward(work, state) if work else self._serve_only(state)
         except StepVoid as void:
             return void.outcome
-        counts = None if state.counts is None else [layer.tolist() for layer in state.counts]
+        counts = None if state.counts is None else np.stack(state.counts)
         return StepOutput(self._sample(work, logits), counts)
 
     def _check_tokens(self, item: SequenceWork) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.core.routing import RoutingTable
@@ -28,11 +30,11 @@ class StepOutput:
 
     Attributes:
         tokens: one entry per sequence whose work asked for a sample.
-        expert_counts: how many (token, expert) pairs this rank's own tokens sent to each expert, int lists [L][E], or None if not recorded.
+        expert_counts: int64 [L, E], how many of this rank's own tokens asked for each expert, or None if not recorded.
     """
 
     tokens: list[SampledToken]
-    expert_counts: list[list[int]] | None = None
+    expert_counts: NDArray[np.int64] | None = None
 
 
 class Slots(Protocol):

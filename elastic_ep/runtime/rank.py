@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elastic_ep.brain.messages import (
     ControllerMessage,
@@ -55,6 +56,8 @@ from elastic_ep.runtime.weights.sources import Sources
 
 log = logging.getLogger(__name__)
 
+STEPS_PER_REPORT = 16
+"""so many steps' expert counts go to the controller at once"""
 EXIT_CONTROLLER_GONE = 3
 EXIT_FATAL = 4
 EXIT_START_OVER = 5
@@ -103,6 +106,7 @@ class Rank:
         self.routing: RoutingTable | None = None
         self.held: dict[tuple[int, int], tuple[int, int]] = {}
         """(layer, physical slot) -> (expert, digest): what this rank's slots do hold."""
+        self._counts: NDArray[np.int64] | None = None
         self.peer_server, self.weights_address = weights
         self.sources: Sources
         self.stager: Stager
@@ -206,7 +210,17 @@ class Rank:
             case Interrupted():
                 return None
         self.faults.reach("step_end", epoch=order.epoch, step=order.step)
-        return StepDone(order.epoch, order.step, tuple(output.tokens), (time.monotonic() - started) * 1e3, output.expert_counts)
+        counts = self._counts_due(output.expert_counts, order.step)
+        return StepDone(order.epoch, order.step, tuple(output.tokens), (time.monotonic() - started) * 1e3, counts)
+
+    def _counts_due(self, counts: NDArray[np.int64] | None, step: int) -> bytes | None:
+        """Add a step's counts to those not reported yet; all of them as bytes when it is time to report."""
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
+        if self._counts is None or step % STEPS_PER_REPORT:
+            return None
+        due, self._counts = self._counts.astype("<u4").tobytes(), None
+        return due
 
 
 def _beat(channel: ControlChannel, interval_s: float, guardian_pid: int | None) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Protocol
 
-from elastic_ep.brain.events import GenerationRequest, TokenEvent
+from elastic_ep.brain.events import Drain, DrainRequested, GenerationRequest, ScaleRequested, TokenEvent
 from elastic_ep.core.errors import ElasticEPError
 
 
@@ -19,6 +19,10 @@ class QueueFull(ElasticEPError):
 
 class Unavailable(ElasticEPError):
     """The server takes no requests now (starting, stopping, no live rank, experts missing). The message is the reason (HTTP 503)."""
+
+
+class OperationRefused(ElasticEPError):
+    """The group cannot be changed so, or not now. The message is the reason (HTTP 409)."""
 
 
 class TokenStream(Protocol):
@@ -63,6 +67,24 @@ class Backend(Protocol):
         ...
 
     def events(self) -> EventStream: ...
+
+    @property
+    def default_drain(self) -> Drain:
+        """What happens to the requests of a rank that leaves, unless the operation says."""
+        ...
+
+    def begin_operation(self, request: ScaleRequested | DrainRequested) -> Awaitable[dict[str, Any]]:
+        """Begin to grow, shrink or drain; what is awaited is the finished operation. One that is known by its name is not begun again.
+        Raises OperationRefused."""
+        ...
+
+    def operation(self, operation_id: str) -> dict[str, Any] | None:
+        """The object of GET /elastic/operations/ID; None if it is not known."""
+        ...
+
+    def operations(self) -> list[dict[str, Any]]:
+        """All that are remembered, oldest first."""
+        ...
 
     def health(self) -> tuple[bool, str]:
         """Whether requests are served now, and why not if not."""

@@ -46,6 +46,10 @@ class ServeConfig:
         rebalance_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         staging_bytes: what a rank may hold beside its slots while experts move in the background.
         scrub_bytes_per_s: how fast a rank looks whether its slots still hold what was verified; 0 never.
+        rebalance_interval_s: how often to look whether another placement would serve the recorded load better; 0 never.
+        rebalance_min_gain: by what share the busiest ranks must get faster for experts to be moved.
+        load_trace: a .npz file for the recorded loads, [windows, L, E], written when the server stops.
+        drain: what happens to the requests of a rank that is drained, unless the request says: "move" or "finish".
         remote: which of the ranks live on other hosts; None for none.
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
@@ -74,6 +78,10 @@ class ServeConfig:
     rebalance_bytes_per_s: float = 0.0
     staging_bytes: int = 1 << 30
     scrub_bytes_per_s: float = 32e6
+    rebalance_interval_s: float = 60.0
+    rebalance_min_gain: float = 0.05
+    load_trace: str | None = None
+    drain: str = "move"
     detect: bool = True
     log_level: str = "WARNING"
     remote: RemoteRanks | None = None
@@ -90,6 +98,12 @@ class ServeConfig:
             raise InvalidInputError(f"--rebalance-bytes-per-second is {self.rebalance_bytes_per_s:g}; give 0 (no limit) or more")
         if not 0 <= self.scrub_bytes_per_s < float("inf"):
             raise InvalidInputError(f"--scrub-bytes-per-second is {self.scrub_bytes_per_s:g}; give 0 (never) or more")
+        if not 0 <= self.rebalance_interval_s < float("inf"):
+            raise InvalidInputError(f"--rebalance-interval is {self.rebalance_interval_s:g}; give seconds, or 0 for never")
+        if not 0 <= self.rebalance_min_gain < float("inf"):
+            raise InvalidInputError(f"--rebalance-min-gain is {self.rebalance_min_gain:g}; give a share of 0 or more, as 0.05")
+        if self.load_trace is not None and not self.load_trace.endswith(".npz"):
+            raise InvalidInputError(f"--load-trace is {self.load_trace!r}; give a file that ends in .npz")
         at_least_one = ("kv_tokens", "max_sequences", "max_batch_tokens", "prefill_chunk", "max_waiting", "staging_bytes")
         for name, value in ((name, getattr(self, name)) for name in at_least_one):
             if value < 1:
@@ -166,4 +180,7 @@ class ServeConfig:
             restart_backoff_max_s=max(self.restart_backoff_s, self.restart_backoff_max_s),
             stage_bytes_per_s=self.rebalance_bytes_per_s,
             max_waiting=self.max_waiting,
+            rebalance_interval_s=self.rebalance_interval_s,
+            rebalance_min_gain=self.rebalance_min_gain,
+            load_window_s=max(1.0, self.rebalance_interval_s / 4) if self.rebalance_interval_s else 10.0,
         )

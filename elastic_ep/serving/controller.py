@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain import events as ev
-from elastic_ep.brain import planner
+from elastic_ep.brain import operations, planner
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.events import FailureCause, GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import Hello, RankMessage, StartOver
+from elastic_ep.brain.state import OperationState
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.recovery import Phase
 from elastic_ep.models.spec import ModelSpec
@@ -33,7 +34,7 @@ from elastic_ep.runtime.rank_config import RankConfig
 from elastic_ep.runtime.weights.fingerprint import fingerprint
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.serving.agents import Agents, Hooks
-from elastic_ep.serving.backend import QueueFull, Unavailable
+from elastic_ep.serving.backend import OperationRefused, QueueFull, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
 from elastic_ep.serving.link import RankLink
@@ -81,6 +82,7 @@ class Controller:
         self.max_model_len = config.model_len(spec)
         self.model_name = config.served_model_name or Path(config.checkpoint).resolve().name
         self.vocab_size = spec.vocab_size
+        self.default_drain: ev.Drain = "finish" if config.drain == "finish" else "move"
         self.brain: Brain
         self.error = ""
         self._token = secrets.token_hex(16)
@@ -92,6 +94,7 @@ class Controller:
         self._backup_fd = -1
         self._backup: HostBackup | None = None
         self._streams: dict[str, RequestStream] = {}
+        self._operations: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._queue: deque[ev.Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
@@ -226,7 +229,16 @@ class Controller:
         if self._backup_fd >= 0:
             os.close(self._backup_fd)
         self.end_streams()
+        self._write_load_trace()
         shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _write_load_trace(self) -> None:
+        if self.config.load_trace is None:
+            return
+        try:
+            np.savez_compressed(self.config.load_trace, load=self.brain.state.load.trace())
+        except OSError as error:
+            log.error("cannot write the load trace to %s: %s", self.config.load_trace, error.strerror)
 
     # ---- the brain's loop
 
@@ -281,6 +293,8 @@ class Controller:
                 self.eventlog.publish(command.kind, command.data)
                 if command.kind == "installed":
                     self.serving.set()
+                elif command.kind == "operation_finished":
+                    self._note_finished(command.data["operation_id"])
             case ev.Fence():
                 self._fence(command.rank, command.incarnation)
             case ev.StartRank():
@@ -296,7 +310,14 @@ class Controller:
     def _make_plan(self, command: ev.MakePlan) -> None:
         """A recovery is solved at once: nothing runs until it is. A change is solved beside the steps."""
         state = self.brain.state
-        arguments = (self.settings.plan, state.topology, command.active, state.contents.experts.copy(), None, self._backups())
+        arguments = (
+            self.settings.plan,
+            state.topology,
+            command.active,
+            state.contents.experts.copy(),
+            state.load.recent(),
+            self._backups(),
+        )
         if command.change is None:
             self._queue.append(_planned(command, lambda: (planner.plan(*arguments),)))
             return
@@ -429,6 +450,30 @@ class Controller:
         self._streams[request.request_id] = stream
         self._feed(ev.Submitted(request))
         return stream
+
+    def begin_operation(self, request: ev.ScaleRequested | ev.DrainRequested) -> asyncio.Future[dict[str, Any]]:
+        reason = operations.refusal(self.brain.state, request)
+        if reason is not None:
+            raise OperationRefused(reason)
+        name = request.operation_id
+        waiter = self._operations.setdefault(name, self._loop.create_future())
+        self._feed(request)
+        self._note_finished(name)
+        return waiter
+
+    def operation(self, operation_id: str) -> dict[str, Any] | None:
+        found = self.brain.state.operations.get(operation_id)
+        return None if found is None else found.as_status()
+
+    def operations(self) -> list[dict[str, Any]]:
+        return [operation.as_status() for operation in self.brain.state.operations.values()]
+
+    def _note_finished(self, operation_id: str) -> None:
+        operation = self.brain.state.operations[operation_id]
+        if operation.state is not OperationState.RUNNING:
+            waiter = self._operations.pop(operation_id, None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(operation.as_status())
 
     def _cancel(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and not self.stopped.is_set():

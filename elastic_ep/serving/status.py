@@ -15,8 +15,8 @@ def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int]) -> dic
     for sequence in requests.running.values():
         if sequence.home is not None:
             running[sequence.home] += 1
-    slots = brain.settings.topology.slots_per_rank
-    nodes = brain.settings.topology.domains.get("node")
+    slots = brain.topology.slots_per_rank
+    nodes = brain.topology.domains.get("node")
     ranks = [
         {
             "rank": seat.rank,

@@ -177,7 +177,7 @@ class World:
             loaded.append(LoadedSlot(order.layer, order.slot, order.expert, 7))
         shape = (message.num_layers, -1)
         wanted = np.frombuffer(message.physical_to_logical_map, "<i4").reshape(shape)
-        mine = self.settings.topology.slots_of(rank)
+        mine = self.brain.state.topology.slots_of(rank)
         self.placement_of[rank] = {
             (layer, slot): int(wanted[layer, slot]) for layer in range(len(wanted)) for slot in mine if wanted[layer, slot] >= 0
         }

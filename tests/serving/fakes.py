@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from elastic_ep.brain.events import GenerationRequest, TokenEvent
+from elastic_ep.brain.events import Drain, DrainRequested, GenerationRequest, ScaleRequested, TokenEvent
 from elastic_ep.brain.messages import SampledToken
 from elastic_ep.serving.text import TextTokenizer
 
@@ -133,6 +133,27 @@ class FakeBackend:
 
     def events(self) -> FakeEvents:
         return FakeEvents(self)
+
+    default_drain: Drain = "move"
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def begin_operation(self, request: ScaleRequested | DrainRequested) -> Awaitable[dict[str, Any]]:
+        if self.refuse is not None:
+            raise self.refuse
+        finished: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        name = request.operation_id
+        operation = {
+            "operation_id": name, "operation": repr(request), "state": "done", "reason": "", "drain": request.drain,
+            "joining_ranks": [], "leaving_ranks": [], "seconds": 0.0,
+        }  # fmt: skip
+        finished.set_result(self.done.setdefault(name, operation))
+        return finished
+
+    def operation(self, operation_id: str) -> dict[str, Any] | None:
+        return self.done.get(operation_id)
+
+    def operations(self) -> list[dict[str, Any]]:
+        return list(self.done.values())
 
     def health(self) -> tuple[bool, str]:
         return self.healthy

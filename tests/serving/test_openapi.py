@@ -33,6 +33,11 @@ def test_every_route_is_there_with_its_statuses(document: dict[str, Any]) -> Non
         ("get", "/metrics"): ["200"],
         ("get", "/elastic/status"): ["200"],
         ("get", "/elastic/events"): ["200"],
+        ("post", "/scale_elastic_ep"): ["200", "202", "400", "409", "413"],
+        ("get", "/is_scaling_elastic_ep"): ["200"],
+        ("post", "/elastic/ranks/{rank}/drain"): ["200", "202", "400", "404", "409", "413"],
+        ("get", "/elastic/operations"): ["200"],
+        ("get", "/elastic/operations/{operation_id}"): ["200", "404"],
     }
 
 

@@ -16,14 +16,14 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.serving.backend import QueueFull, Unavailable
+from elastic_ep.serving.backend import OperationRefused, QueueFull, Unavailable
 
 _log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 """What the access log shows for a client that went away; nobody reads it."""
 
-_TYPES = {404: "not_found_error", 429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable"}
+_TYPES = {404: "not_found_error", 409: "conflict_error", 429: "rate_limit_error", 500: "internal_error", 503: "service_unavailable"}
 
 
 class ApiError(Exception):
@@ -58,6 +58,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, QueueFull):
         retry_after = str(max(1, round(error.retry_after_s)))
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": retry_after})
+    if isinstance(error, OperationRefused):
+        return ApiError(409, str(error), code="refused")
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable")
     if isinstance(error, InvalidInputError):

@@ -31,7 +31,7 @@ def router(backend: Backend, tokenizer: Tokenizer, metrics: Metrics) -> APIRoute
     async def create_completion(request: Request) -> Response:
         """Continue a prompt."""
         arrived_s = time.monotonic()
-        body = parse_body(await _read(request), CompletionRequest)
+        body = parse_body(await read_body(request), CompletionRequest)
         plan = await plan_completion(body, backend, tokenizer)
         generation = Generation(plan, backend, tokenizer, metrics, opens_text=False)
         return await _answer(request, plan, generation, CompletionFormat(plan, tokenizer), arrived_s)
@@ -40,7 +40,7 @@ def router(backend: Backend, tokenizer: Tokenizer, metrics: Metrics) -> APIRoute
     async def create_chat_completion(request: Request) -> Response:
         """Answer the last message of a chat."""
         arrived_s = time.monotonic()
-        body = parse_body(await _read(request), ChatCompletionRequest)
+        body = parse_body(await read_body(request), ChatCompletionRequest)
         plan = await plan_chat(body, backend, tokenizer)
         generation = Generation(plan, backend, tokenizer, metrics, opens_text=True)
         return await _answer(request, plan, generation, ChatFormat(plan, tokenizer), arrived_s)
@@ -48,7 +48,7 @@ def router(backend: Backend, tokenizer: Tokenizer, metrics: Metrics) -> APIRoute
     return routes
 
 
-async def _read(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
     """The body, as far as MAX_BODY_BYTES. Raises ApiError 413 beyond."""
     parts, size = [], 0
     async for part in request.stream():

@@ -10,19 +10,22 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from elastic_ep.serving.api.plan import MAX_CHOICES_AT_ONCE
-from elastic_ep.serving.api.requests import HARMLESS, NEUTRAL, ChatCompletionRequest, CompletionRequest
+from elastic_ep.serving.api.requests import HARMLESS, NEUTRAL, ChatCompletionRequest, CompletionRequest, DrainRequest, ScaleRequest
 from elastic_ep.serving.api.responses import ErrorBody
 from elastic_ep.serving.backend import Backend
 
 _ERRORS = {
     400: "The request is wrong; the message names the field, the value and the cure.",
-    404: "The model is not served.",
+    404: "Nothing of this name is served.",
+    409: "It cannot be done, or not now; the message is the reason.",
     413: "The body is too large.",
     429: "The queue is full; come again after Retry-After seconds.",
     503: "Nothing can be generated now; the message is the reason.",
 }
+GENERATING_ERRORS = (400, 404, 413, 429, 503)
 _SSE_ITEM = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-_BODIES = (CompletionRequest, ChatCompletionRequest)
+_GENERATING_BODIES = (CompletionRequest, ChatCompletionRequest)
+_BODIES = (*_GENERATING_BODIES, ScaleRequest, DrainRequest)
 _LENGTHS = ("max_tokens", "max_completion_tokens")
 
 
@@ -33,6 +36,7 @@ def describe(
     streams: bool = False,
     media_type: str = "application/json",
     errors: tuple[int, ...] = (),
+    may_be_accepted: bool = False,
 ) -> dict[str, Any]:
     """Keyword arguments of a route decorator: what it takes and every status that it answers."""
     content: dict[str, Any] = {}
@@ -43,8 +47,10 @@ def describe(
     ok: dict[str, Any] = {"content": content, "description": "OK"}
     if answer is not None:
         ok["model"] = answer
-    codes = tuple(_ERRORS) if body is not None else errors
+    codes = errors or (GENERATING_ERRORS if body is not None else ())
     responses: dict[int, dict[str, Any]] = {200: ok}
+    if may_be_accepted:
+        responses[202] = ok | {"description": "Begun."}
     responses |= {code: {"model": ErrorBody, "description": _ERRORS[code]} for code in codes}
     if 429 in responses:
         responses[429]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
@@ -76,7 +82,7 @@ def _document(app: FastAPI, backend: Backend, has_text: bool) -> dict[str, Any]:
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
-    for body in _BODIES:
+    for body in _GENERATING_BODIES:
         _complete_body(components[body.__name__], backend)
     components["CompletionRequest"]["properties"]["prompt"] = _prompt(backend, has_text)
     if not has_text:

@@ -177,7 +177,7 @@ class ChatCompletionRequest(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Switches of the model's own chat template.")
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse_body(raw: bytes, kind: type[Body]) -> Body:
@@ -207,3 +207,20 @@ def _drop_what_changes_nothing(data: dict[str, Any]) -> dict[str, Any]:
 def _same(a: Any, b: Any) -> bool:
     """Equal as JSON values: true is not 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+class OperationRequest(BaseModel):
+    """What growing, shrinking and draining have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    operation_id: str | None = Field(None, min_length=1, max_length=128, description="a name; asking twice with it begins once")
+    drain: Literal["move", "finish"] | None = Field(None, description="requests of leaving ranks: compute elsewhere, or finish first")
+    wait: bool = Field(True, description="answer when it is done or undone (200), not when it has begun (202)")
+
+
+class ScaleRequest(OperationRequest):
+    new_ep_size: int = Field(ge=1, le=65536)
+
+
+class DrainRequest(OperationRequest):
+    pass

@@ -155,3 +155,23 @@ class Status(_Open):
     recoveries: list[Recovery]
     tokens_committed: int
     requests: RequestCounts
+
+
+class OperationStatus(_Open):
+    operation_id: str
+    operation: str
+    state: str = Field(description="running, done, or failed: then it was undone")
+    reason: str
+    drain: str
+    joining_ranks: list[int]
+    leaving_ranks: list[int]
+    seconds: float | None
+
+
+class OperationList(_Open):
+    operations: list[OperationStatus]
+
+
+class IsScaling(_Open):
+    is_scaling_elastic_ep: bool
+    operation_id: str | None

@@ -1,0 +1,166 @@
+"""The group grows, shrinks and drains ranks on purpose."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from elastic_ep.brain import events as ev
+from elastic_ep.brain import operations
+from elastic_ep.brain.seats import SeatState
+from elastic_ep.brain.state import OperationState
+from tests.brain.harness import World
+from tests.brain.test_brain import check_all, serve_all
+
+
+def scale(world: World, size: int, name: str = "s", drain: ev.Drain = "move") -> None:
+    request = ev.ScaleRequested(name, size, drain)
+    assert operations.refusal(world.brain.state, request) is None
+    world.feed(request)
+    operation = world.brain.state.operations[name]
+    world.settle_until(lambda: not operation.seats_to_add)
+    world.pass_time(0.1)
+
+
+def drain(world: World, rank: int, name: str = "d", how: ev.Drain = "move") -> None:
+    request = ev.DrainRequested(name, rank, how)
+    assert operations.refusal(world.brain.state, request) is None
+    world.feed(request)
+
+
+def loaded_world(**settings) -> World:
+    world = World(restart=True, restart_backoff_s=0.5, **settings).boot()
+    serve_all(world, 80)
+    world.settle_until(lambda: len(world.received["r0"]) > 3)
+    return world
+
+
+def finish(world: World, count: int = 80) -> None:
+    """Let time pass until nothing is left to do, and check every stream."""
+    for _ in range(20):
+        world.settle()
+        world.pass_time(0.1)
+    check_all(world, count)
+
+
+def test_grow_shrink_and_grow_again():
+    world = loaded_world()
+    state = world.brain.state
+    scale(world, 6, "a")
+    world.settle_until(lambda: state.operations["a"].state is OperationState.DONE)
+    assert state.membership.ranks == (0, 1, 2, 3, 4, 5)
+    assert state.topology.ep_size == 6
+    assert state.contents.experts.shape[1] == state.topology.num_slots
+    scale(world, 3, "b")
+    world.settle_until(lambda: state.operations["b"].state is OperationState.DONE)
+    assert state.membership.ranks == (0, 1, 2)
+    assert [s.state for s in state.seats[3:]] == [SeatState.RETIRED] * 3
+    scale(world, 4, "c")
+    world.settle_until(lambda: state.operations["c"].state is OperationState.DONE)
+    assert state.membership.ranks == (0, 1, 2, 3)
+    assert state.seats[3].incarnation == 1
+    finish(world)
+    assert not state.contents.mismatches(state.plan.placement)
+
+
+@pytest.mark.parametrize("how", ["move", "finish"])
+def test_rank_0_leaves(how):
+    world = loaded_world()
+    state = world.brain.state
+    at_home = [s.request.request_id for s in state.requests.running.values() if s.home == 0]
+    assert at_home
+    drain(world, 0, how=how)
+    world.settle_until(lambda: state.operations["d"].state is OperationState.DONE)
+    assert state.membership.ranks == (1, 2, 3)
+    done = [name in world.finished for name in at_home]
+    assert all(done) if how == "finish" else not any(done)
+    finish(world)
+    world.pass_time(5.0)
+    assert state.seats[0].state is SeatState.RETIRED, "its seat is not filled again"
+
+
+def test_a_joiner_that_fails_undoes_the_growth():
+    world = loaded_world()
+    state = world.brain.state
+    world.unstartable.add(5)
+    scale(world, 6)
+    world.settle_until(lambda: state.seats[4].state is SeatState.READY)
+    assert state.membership.ranks == (0, 1, 2, 3), "the first waits for the second"
+    world.feed(ev.RankFailed(5, 1, ev.FailureCause.EXITED))
+    operation = state.operations["s"]
+    assert (operation.state, operation.reason.partition(":")[0]) == (OperationState.FAILED, "rank 5 failed before it was a member")
+    finish(world)
+    assert state.membership.ranks == (0, 1, 2, 3)
+    assert [s.state for s in state.seats[4:]] == [SeatState.RETIRED] * 2
+
+
+def test_a_death_during_a_drain_delays_it_only():
+    world = loaded_world()
+    state = world.brain.state
+    drain(world, 1)
+    world.settle_until(lambda: state.change is not None and state.change.pending)
+    world.kill(2)
+    world.settle_until(lambda: state.operations["d"].state is OperationState.DONE)
+    finish(world)
+    world.pass_time(1.0)
+    finish(world)
+    assert state.membership.ranks == (0, 2, 3)
+
+
+def test_a_leaver_that_dies_first_has_left():
+    world = loaded_world()
+    drain(world, 1, how="finish")
+    world.kill(1)
+    world.settle_until(lambda: world.brain.state.operations["d"].state is OperationState.DONE)
+    finish(world)
+    world.pass_time(5.0)
+    assert world.brain.state.seats[1].state is SeatState.RETIRED
+
+
+def test_refusals_name_the_reason():
+    world = loaded_world(stream=False)
+    state = world.brain.state
+    ask = lambda request: operations.refusal(state, request)  # noqa: E731
+    assert "give 1 to 8" in ask(ev.ScaleRequested("x", 9))
+    assert "6 slots would be left for 8 experts" in ask(ev.ScaleRequested("x", 2))
+    assert "no rank 4" in ask(ev.DrainRequested("x", 4))
+    drain(world, 3, "first")
+    assert "first is still running (drain of rank 3)" in ask(ev.DrainRequested("x", 2))
+    assert ask(ev.DrainRequested("first", 3)) is None, "asking again is no other operation"
+    world.feed(ev.DrainRequested("first", 3))
+    world.settle_until(lambda: state.operations["first"].state is OperationState.DONE)
+    assert "retired already" in ask(ev.DrainRequested("x", 3))
+    finish(world)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_operations_and_failures(seed):
+    """Whatever is asked for and whoever dies meanwhile: every stream is whole, and no operation is left hanging."""
+    rng = random.Random(seed)
+    world = loaded_world()
+    world.rng = rng
+    state = world.brain.state
+    for number in range(12):
+        for _ in range(rng.randrange(30)):
+            world.answer()
+        match rng.randrange(3):
+            case 0:
+                request = ev.ScaleRequested(f"o{number}", rng.randint(1, 8), rng.choice(["move", "finish"]))
+                if operations.refusal(state, request) is None:
+                    world.feed(request)
+            case 1:
+                request = ev.DrainRequested(f"o{number}", rng.randrange(len(state.seats)))
+                if operations.refusal(state, request) is None:
+                    world.feed(request)
+            case 2:
+                alive = [s.rank for s in state.seats if s.is_alive]
+                if len(alive) > 1:
+                    world.kill(rng.choice(alive))
+        world.pass_time(rng.choice([0.0, 0.2, 0.6]))
+    world.rng = None
+    finish(world)
+    for _ in range(8):
+        world.pass_time(5.0)
+        world.settle()
+    assert state.operation is None, (seed, state.operation)
