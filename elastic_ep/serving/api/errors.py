@@ -158,7 +158,7 @@ def install_error_handlers(app: FastAPI, count: Callable[[int], None]) -> None:
         return error.response()
 
     app.add_exception_handler(HTTPException, http_error)
-    for kind in (ApiError, QueueFull, Unavailable, InvalidInputError):
+    for kind in (ApiError, OperationRefused, QueueFull, Unavailable, InvalidInputError):
         app.add_exception_handler(kind, any_error)
     app.add_exception_handler(ClientDisconnect, gone)
     app.add_exception_handler(Exception, any_error)

@@ -1,0 +1,219 @@
+"""Where experts come from: each source alone, a source that fails, bytes that are wrong, and slots that change under way."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from elastic_ep.brain.messages import LoadOrder
+from elastic_ep.core.errors import CheckpointError, InvalidInputError, WrongExpertError
+from elastic_ep.runtime.upkeep import IDLE_S, Upkeep
+from elastic_ep.runtime.weights.base import Loaded, digest_of, read_verified
+from elastic_ep.runtime.weights.host import HostBackup
+from elastic_ep.runtime.weights.peer import Peers, PeerServer
+from elastic_ep.runtime.weights.sources import Sources
+
+LAYERS, EXPERTS, BYTES = 2, 4, 256
+
+
+def expert(layer: int, index: int) -> torch.Tensor:
+    """The bytes of an expert: they say which it is."""
+    return (torch.arange(BYTES) * (layer * EXPERTS + index + 3) % 251).to(torch.uint8)
+
+
+class FakeCheckpoint:
+    kind = "checkpoint"
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.error = ""
+
+    def read(self, layer: int, index: int, slot: torch.Tensor) -> int:
+        if self.error:
+            raise CheckpointError(self.error)
+        self.reads += 1
+        slot.copy_(expert(layer, index))
+        return BYTES
+
+    def close(self) -> None: ...
+
+
+class FakeSlots:
+    """Slots of one rank, 4 per layer: slot i of each layer holds what `held` says."""
+
+    shape = (LAYERS, EXPERTS, BYTES)
+
+    def __init__(self, *held: tuple[int, int, int]) -> None:
+        self.checkpoint = FakeCheckpoint()
+        self.backup: HostBackup | None = None
+        self.memory = torch.zeros(LAYERS, 4, BYTES, dtype=torch.uint8)
+        self.held: dict[tuple[int, int], tuple[int, int]] = {}
+        for layer, slot, index in held:
+            self.memory[layer, slot] = expert(layer, index)
+            self.held[layer, slot] = (index, digest_of(expert(layer, index)))
+
+    def bytes_of(self, layer: int, index: int) -> torch.Tensor | None:
+        found = [slot for (at, slot), (held, _) in self.held.items() if (at, held) == (layer, index)]
+        return self.memory[layer, found[0]] if found else None
+
+    def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
+        return self.memory[layer, slot]
+
+
+@pytest.fixture
+def peers():
+    made = Peers(0, "unix:/none", "secret")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def backup():
+    fd = HostBackup.create(LAYERS, EXPERTS, BYTES)
+    yield HostBackup(fd, LAYERS, EXPERTS, BYTES)
+    os.close(fd)
+
+
+def read(sources, layer: int, index: int, digest: int | None = None) -> tuple[Loaded, torch.Tensor]:
+    slot = torch.zeros(BYTES, dtype=torch.uint8)
+    return read_verified(sources, layer, index, slot, digest), slot
+
+
+def serve(tmp_path: Path, rank: int, slots: FakeSlots, token: str = "secret") -> str:
+    server = PeerServer(rank, f"unix:{tmp_path}/{rank}.weights", token)
+    server.find = slots.bytes_of
+    return server.start()
+
+
+def test_a_peer_sends_what_it_holds(tmp_path, peers):
+    address = serve(tmp_path, 1, FakeSlots((1, 2, 3)))
+    source = peers.source(1, {1: address})
+    loaded, slot = read([source], 1, 3)
+    assert (loaded.kind, loaded.num_bytes) == ("peer", BYTES)
+    assert slot.equal(expert(1, 3))
+    with pytest.raises(CheckpointError, match="rank 1 sent 0 bytes for expert 2 of MoE layer 1, not 256"):
+        read([source], 1, 2)
+    assert read([source], 1, 3)[1].equal(expert(1, 3)), "it is asked again over a new connection"
+
+
+def test_a_peer_is_not_asked_without_the_token(tmp_path):
+    address = serve(tmp_path, 1, FakeSlots((0, 0, 0)))
+    with pytest.raises(CheckpointError, match="rank 1 at unix:"):
+        read([Peers(0, "unix:/none", "another").source(1, {1: address})], 0, 0)
+
+
+def test_a_peer_that_died_or_hangs_is_passed_over(tmp_path, peers, monkeypatch):
+    monkeypatch.setattr("elastic_ep.runtime.weights.peer._IDLE_TIMEOUT_S", 0.05)
+    hung = socket.socket(socket.AF_UNIX)
+    hung.bind(f"{tmp_path}/hung")
+    hung.listen()
+    slots = FakeSlots()
+    sources = Sources(slots, peers)
+    for peer, address in ((1, f"unix:{tmp_path}/hung"), (2, f"unix:{tmp_path}/nobody")):
+        loaded, slot = read(sources.chain(LoadOrder(0, 0, 2, "same_node", peer), {peer: address}), 0, 2)
+        assert loaded.kind == "checkpoint"
+        assert slot.equal(expert(0, 2))
+        assert loaded.errors[0].startswith(f"peer: rank {peer} at {address}:"), loaded.errors
+    hung.close()
+
+
+def test_wrong_bytes_are_passed_over_wherever_they_come_from(tmp_path, peers, backup):
+    """One flipped bit in a peer's slot, and one in the backup: the checkpoint's bytes are taken."""
+    digest = digest_of(expert(0, 1))
+    peer, slots = FakeSlots((0, 0, 1)), FakeSlots()
+    backup.write(0, 1, expert(0, 1), digest)
+    slots.backup = backup
+    sources = Sources(slots, peers)
+    chain = sources.chain(LoadOrder(0, 0, 1, "other_node", 1, digest), {1: serve(tmp_path, 1, peer)})
+    assert read(chain, 0, 1, digest)[0].kind == "peer"
+    peer.memory[0, 0, 77] ^= 4
+    loaded, _ = read(chain, 0, 1, digest)
+    assert loaded.kind == "host"
+    assert f"its bytes had {digest:016x} before; the peer's copy changed" in loaded.errors[0]
+    backup._slots[0, 1, 5] ^= 1
+    loaded, slot = read(chain, 0, 1, digest)
+    assert (loaded.kind, len(loaded.errors)) == ("checkpoint", 2)
+    assert slot.equal(expert(0, 1))
+    with pytest.raises(CheckpointError, match="expert 1 of MoE layer 0 was read with digest"):
+        read(chain, 0, 1, digest ^ 1)
+
+
+def test_the_order_of_sources(tmp_path, peers, backup):
+    slots = FakeSlots((1, 0, 2))
+    slots.backup = backup
+    sources = Sources(slots, peers)
+    kinds = lambda *order: [s.kind for s in sources.chain(LoadOrder(1, 3, 2, *order), {1: f"unix:{tmp_path}/1"})]  # noqa: E731
+    assert kinds("local", 0) == ["local", "host", "checkpoint"]
+    assert kinds("same_node", 1) == ["peer", "host", "checkpoint"]
+    assert kinds("same_node", 9) == ["host", "checkpoint"], "a rank whose address is not known"
+    assert kinds("host") == ["host", "checkpoint"]
+    assert kinds("checkpoint") == ["checkpoint", "host"], "a disk that fails is not the end"
+    loaded, slot = read(sources.chain(LoadOrder(1, 3, 2, "local", 0), {}), 1, 2)
+    assert (loaded.kind, slot.equal(expert(1, 2))) == ("local", True)
+
+
+def test_the_backup_is_filled_from_slots_first(backup):
+    slots = FakeSlots((0, 0, 3), (1, 1, 0))
+    slots.backup = backup
+    upkeep = Upkeep(slots, 0, slots.held, (0, 1), fill_bytes_per_s=1e9, scrub_bytes_per_s=0)
+    for _ in range(LAYERS * EXPERTS):
+        assert upkeep.step() == pytest.approx(BYTES / 1e9)
+    assert upkeep.step() == IDLE_S
+    assert backup.experts.all()
+    assert slots.checkpoint.reads == LAYERS * EXPERTS - 2
+    for layer in range(LAYERS):
+        for index in range(EXPERTS):
+            assert read([backup], layer, index)[1].equal(expert(layer, index))
+            assert backup.digest(layer, index) == digest_of(expert(layer, index))
+
+
+def test_nobody_reads_ahead_before_the_rank_is_a_member(backup):
+    slots = FakeSlots()
+    slots.backup = backup
+    assert Upkeep(slots, 0, slots.held, (0, 1), 1e9, 1e9).step() == IDLE_S
+    assert not backup.experts.any()
+
+
+def test_two_processes_share_one_backup(backup):
+    other = HostBackup(backup._fd, LAYERS, EXPERTS, BYTES)
+    backup.write(1, 2, expert(1, 2), 99)
+    assert other.experts[1, 2]
+    assert other.digest(1, 2) == 99
+    with pytest.raises(CheckpointError, match="expert 0 of MoE layer 0 is not in the host backup yet"):
+        read([other], 0, 0)
+    with pytest.raises(InvalidInputError, match="belongs to another model"):
+        HostBackup(backup._fd, LAYERS, EXPERTS, BYTES + 64)
+
+
+def test_a_backup_that_the_host_cannot_hold_is_refused():
+    with pytest.raises(InvalidInputError, match=r"--host-backup experts needs .* bytes, this host has"):
+        HostBackup.create(1 << 20, 1 << 10, 1 << 20)
+
+
+def test_a_flipped_bit_in_a_slot_is_found():
+    slots = FakeSlots((0, 0, 3), (0, 1, 1), (1, 3, 0))
+    first_slot = 8
+    held = {(layer, slot + first_slot): value for (layer, slot), value in slots.held.items()}
+    upkeep = Upkeep(slots, first_slot, held, (2, 4), 1e9, scrub_bytes_per_s=1e6)
+    for _ in range(7):
+        assert upkeep.step() == pytest.approx(BYTES / 1e6)
+    slots.memory[0, 1, 200] ^= 1
+    with pytest.raises(WrongExpertError, match=r"slot 9 of MoE layer 0 holds digest .*; expert 1 was verified there"):
+        for _ in range(3):
+            upkeep.step()
+
+
+def test_a_slot_that_is_overwritten_meanwhile_is_no_wrong_slot(monkeypatch):
+    slots = FakeSlots((0, 0, 3))
+    upkeep = Upkeep(slots, 0, slots.held, (0, 1), 1e9, scrub_bytes_per_s=1e6)
+
+    def overwrite(layer: int, slot: int) -> torch.Tensor:
+        slots.held[0, 0] = (2, digest_of(expert(0, 2)))
+        return expert(0, 2)
+
+    monkeypatch.setattr(slots, "slot_bytes", overwrite)
+    upkeep.step()
