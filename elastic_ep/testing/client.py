@@ -79,8 +79,7 @@ async def stream_completion(
     try:
         async with client.stream("POST", f"{url}/v1/completions", json=body, timeout=READ_TIMEOUT_S) as answer:
             if answer.status_code != 200:
-                record.error = f"HTTP {answer.status_code}: {(await answer.aread()).decode()}"
-                recorder.note(Kind.REFUSED if answer.status_code in (429, 503) else Kind.FAILED, reason=record.error)
+                _refuse(record, answer.status_code, (await answer.aread()).decode(), recorder)
                 return record
             async for line in answer.aiter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
@@ -95,6 +94,31 @@ async def stream_completion(
         record.error = f"{type(error).__name__}: {error}"
         recorder.note(Kind.FAILED, reason=record.error)
     return record
+
+
+async def complete(
+    client: httpx.AsyncClient, url: str, model: str, prompt: Sequence[int], recorder: Recorder | None = None, **parameters: Any
+) -> StreamRecord:
+    """The same request, answered in one piece; its tokens all have the time of the answer."""
+    record, recorder = StreamRecord(prompt), recorder or Recorder()
+    body = {"model": model, "prompt": list(prompt), "return_token_ids": True, **parameters}
+    recorder.sent(body)
+    try:
+        answer = await client.post(f"{url}/v1/completions", json=body, timeout=READ_TIMEOUT_S)
+        if answer.status_code == 200:
+            _take(record, answer.json(), recorder)
+        else:
+            _refuse(record, answer.status_code, answer.text, recorder)
+    except httpx.HTTPError as error:
+        record.error = f"{type(error).__name__}: {error}"
+        recorder.note(Kind.FAILED, reason=record.error)
+    return record
+
+
+def _refuse(record: StreamRecord, status: int, text: str, recorder: Recorder) -> None:
+    """An error status: too many requests, or nobody who could serve them, is a refusal, all else a failure."""
+    record.error = f"HTTP {status}: {text}"
+    recorder.note(Kind.REFUSED if status in (429, 503) else Kind.FAILED, reason=record.error)
 
 
 def _take(record: StreamRecord, chunk: dict[str, Any], recorder: Recorder) -> None:
