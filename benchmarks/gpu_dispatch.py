@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import shutil
 import statistics
 import subprocess
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +127,18 @@ class Side:
         assert failed is None, failed
 
 
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever synchronises with the device through torch in here raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def layer_us(events: tuple[Any, Any]) -> float:
     return events[0].elapsed_time(events[1]) * 1e3 / LAYERS
 
@@ -154,9 +169,8 @@ def rank_main(rank: int, folder: str, repeats: int, sizes: tuple[int, ...], leve
         level.wait(WAIT_S)
         for repeat in range(repeats + 2):
             for name, side in sides.items():
-                torch.cuda.set_sync_debug_mode("error")
-                events = side.enqueue()
-                torch.cuda.set_sync_debug_mode("default")
+                with no_waiting():
+                    events = side.enqueue()
                 side.wait()
                 if repeat >= 2:
                     times[name].append(layer_us(events))
@@ -177,7 +191,7 @@ def run_processes(folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS) ->
             process.start()
         found: dict[tuple[str, int], float] = {}
         for _ in range(2 * RANKS * len(sizes)):
-            name, tokens, _, values = results.get(timeout=WAIT_S)
+            name, tokens, _, values = next_result(results, ranks)
             found[name, tokens] = max(found.get((name, tokens), 0.0), statistics.median(values))
         for process in ranks:
             process.join(30)
@@ -186,6 +200,17 @@ def run_processes(folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS) ->
         for process in ranks:
             if process.is_alive():
                 process.kill()
+
+
+def next_result(results: Any, ranks: list[Any]) -> Any:
+    """What a rank measured. Raises RuntimeError once one of them has died, or after too long."""
+    for _ in range(int(WAIT_S)):
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            if any(process.exitcode for process in ranks):
+                break
+    raise RuntimeError(f"ranks ended with exit codes {[process.exitcode for process in ranks]}")
 
 
 @contextmanager
@@ -308,14 +333,30 @@ def run(repeats: int = 40) -> dict[str, Any]:
         report |= in_own_process(run_ceiling)
         in_own_process(build, folder)
         begin = time.monotonic()
-        report["streams"] = in_own_process(run_streams, folder, repeats)
-        with multi_process_service(folder) as there:
-            report["mps"] = run_processes(folder, repeats) if there else {}
-        report["slices"] = run_processes(folder, 3, (8, 512))
+        for mode, measure in (("mps", run_with_service), ("streams", run_in_one_process), ("slices", run_sliced)):
+            try:
+                report[mode] = measure(folder, repeats)
+            except Exception as error:
+                traceback.print_exc()
+                report[mode] = {}
+                report[f"{mode} failed"] = repr(error)
         report["seconds"] = time.monotonic() - begin
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return report
+
+
+def run_with_service(folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    with multi_process_service(folder) as there:
+        return run_processes(folder, repeats) if there else {}
+
+
+def run_in_one_process(folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    return in_own_process(run_streams, folder, repeats)
+
+
+def run_sliced(folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    return run_processes(folder, 3, (8, 512))
 
 
 def build(folder: str) -> None:
@@ -324,7 +365,7 @@ def build(folder: str) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     print(
-        f"dispatch + combine, {RANKS} ranks on one {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16; per layer\n"
+        f"dispatch + combine, {RANKS} ranks on one {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16\n"
         f"copy bandwidth {report['bytes_per_s'] / 1e12:.2f} TB/s read + written; host synchronisations per step: 0 (one graph per step)"
     )
     print(f"{'ranks as':>10} {'tokens':>7} {'us':>9} {'floor us':>9} {'x floor':>8} {'masked us':>10} {'mask costs':>11} {'torch us':>9}")
@@ -339,6 +380,8 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{name:>10} {tokens:>7} {plain:>9.1f} {floor:>9.1f} {plain / floor:>7.2f}x {masked:>10.1f} {masked - plain:>+11.2f} "
                 f"{report['torch_us'][tokens]:>9.1f}"
             )
+    if not report["streams"]:
+        return
     for tokens in TOKENS:
         alone, split = (report["streams"][f"one rank, {how}", tokens] for how in ("one kernel", "split"))
         print(f"one rank alone, {tokens} tokens: one kernel per direction {alone:.1f} us, split {split:.1f} us")

@@ -140,7 +140,7 @@ class CudaDispatcher:
             self._watch = Watch(self._mesh, self._words, self._interrupt_fd)
             self._num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
             self._args = self._constant_args()
-            self._library.prepare(self._args)
+            self._library.prepare(self._args, self._stream())
             torch.cuda.synchronize(self.device)
         self._started = True
 

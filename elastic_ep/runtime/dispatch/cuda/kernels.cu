@@ -428,8 +428,8 @@ int eep_copy(void *to, const void *from, size_t bytes, cudaStream_t stream) { re
 const char *eep_error(int error) { return cudaGetErrorString((cudaError_t)error); }
 int eep_args_bytes(void) { return (int)sizeof(Args); }
 
-// Load every kernel now: loading one later could wait for a kernel that waits.
-int eep_prepare(const Args *a) {
+// Load every kernel now, by a launch that does nothing: loading one later could wait for a kernel that waits, or spoil a graph's capture.
+int eep_prepare(const Args *largest, cudaStream_t stream) {
     const void *all[] = {(const void *)dispatch_kernel<uint4>,          (const void *)dispatch_kernel<unsigned short>,
                          (const void *)combine_kernel<uint4, true>,     (const void *)combine_kernel<uint4, false>,
                          (const void *)combine_kernel<unsigned short, true>, (const void *)combine_kernel<unsigned, false>,
@@ -440,10 +440,19 @@ int eep_prepare(const Args *a) {
         if (error) return error;
     }
     for (int i = 0; i < 2; i++) {
-        int error = cudaFuncSetAttribute(all[i], cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(a));
+        int error = cudaFuncSetAttribute(all[i], cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(largest));
         if (error) return error;
     }
-    return cudaSuccess;
+    Args nothing = *largest;
+    nothing.parts = 0;
+    const Args *a = &nothing;
+    int error = launch(dispatch_kernel<uint4>, a, 1, shared_bytes(a), stream);
+    if (!error) error = launch(dispatch_kernel<unsigned short>, a, 1, shared_bytes(a), stream);
+    if (!error) error = launch(combine_kernel<uint4, true>, a, 1, 0, stream);
+    if (!error) error = launch(combine_kernel<uint4, false>, a, 1, 0, stream);
+    if (!error) error = launch(combine_kernel<unsigned short, true>, a, 1, 0, stream);
+    if (!error) error = launch(combine_kernel<unsigned, false>, a, 1, 0, stream);
+    return error;
 }
 int eep_set_clock(u64 *clock, u64 epoch, u64 step, cudaStream_t stream) {
     set_clock_kernel<<<1, 1, 0, stream>>>(clock, epoch, step);

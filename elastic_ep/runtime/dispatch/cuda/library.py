@@ -103,9 +103,9 @@ class Library:
         error = self._lib.eep_copy(ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(num_bytes), ctypes.c_void_p(stream))
         self._check("copying", error)
 
-    def prepare(self, args: Args) -> None:
+    def prepare(self, args: Args, stream: int) -> None:
         """Load all kernels; `args` has the largest sizes."""
-        self._check("loading the kernels", self._lib.eep_prepare(ctypes.byref(args)))
+        self._check("loading the kernels", self._lib.eep_prepare(ctypes.byref(args), ctypes.c_void_p(stream)))
 
     def set_clock(self, clock: int, epoch: int, step: int, stream: int) -> None:
         error = self._lib.eep_set_clock(
