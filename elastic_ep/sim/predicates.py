@@ -124,6 +124,10 @@ def bounded_waits(world: World) -> None:
     elif state.group.phase in (Phase.RESUMING, Phase.SERVING):
         idle = state.step is None and any(s.home is not None for s in state.requests.running.values())
         require(not idle, "bounded_waits", "sequences run, and no step does")
+        late = (
+            state.restore_due and state.change is None and state.group.phase is Phase.SERVING and not state.stopping and state.step is None
+        )
+        require(not late, "bounded_waits", "redundancy is to be restored, nothing hinders it, and nothing does it")
     _check_lengths(world, now)
     limit = 2 * state.settings.heartbeat_timeout_s + SLACK_S
     for (rank, incarnation), (since, how) in world.harmed.items():
@@ -135,10 +139,11 @@ def bounded_waits(world: World) -> None:
 def _check_lengths(world: World, now: float) -> None:
     """How long the fence, step or install in hand has lasted."""
     state, settings = world.brain.state, world.settings
-    fences = [heard for heard in world.heard if any(isinstance(command, ev.Fence) for command in heard.commands)]
-    if fences:
-        world.fenced_at = now
-    if any(s.state is SeatState.FENCING for s in state.seats):
+    for heard in world.heard:
+        for command in heard.commands:
+            if isinstance(command, ev.Fence):
+                world.fenced_at = now
+    if state.fence_deadline is not None:
         lasted = now - world.fenced_at
         require(lasted < settings.fence_timeout_s + SLACK_S, "bounded_waits", f"fencing for {lasted:.2f} s")
     for transaction, patience_s in ((state.step, settings.step_timeout_s), (state.install, settings.install_deadline_s(100))):
@@ -270,7 +275,10 @@ PROMISES: dict[int, Callable[[World], None]] = {
 
 
 def check(world: World) -> None:
-    """Ask them all. Raises Violation."""
+    """Ask them all. Raises Violation. A sign of life that leads to nothing can only break the fourth."""
+    if not world.facts and all(heard.is_beat for heard in world.heard):
+        bounded_waits(world)
+        return
     for predicate in PROMISES.values():
         predicate(world)
 

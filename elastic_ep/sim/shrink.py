@@ -38,7 +38,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         yield replace(schedule, ep_size=schedule.ep_size - 1)
     for change in ({"num_layers": 1}, {"loss": 0.0}, {"plan_s": 0.0}, {"staging_slots": 1024}, {"is_local": True}):
         if any(getattr(schedule, name) != value for name, value in change.items()):
-            yield replace(schedule, **change)  # type: ignore[arg-type]
+            yield replace(schedule, **change)
     for i, request in enumerate(requests):
         for shorter in (
             replace(request, prompt=request.prompt[:1]),

@@ -33,6 +33,8 @@ class Heard:
     commands: list[ev.Command]
     fingerprint: tuple[Any, ...] | None = None
     after: tuple[Any, ...] | None = None
+    is_beat: bool = False
+    """a sign of life that led to nothing"""
 
 
 @dataclass
@@ -184,8 +186,9 @@ class World:
             before = planning.fingerprint_of_the_dead(self.brain, event)
             commands = self.brain.handle(event, self.timeline.now)
             after = planning.fingerprint(self.brain) if before is not None else None
-            self.heard.append(Heard(event, commands, before, after))
-            if not (isinstance(event, ev.RankSaid) and isinstance(event.message, Heartbeat)):
+            is_beat = not commands and before is None and isinstance(event, ev.RankSaid) and isinstance(event.message, Heartbeat)
+            self.heard.append(Heard(event, commands, before, after, is_beat))
+            if not is_beat:
                 self.timeline.note(planning.describe(event, commands))
             for command in commands:
                 self.execute(command)
