@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from elastic_ep import __version__
 from elastic_ep.core.errors import ElasticEPError
 
-COMMANDS = ("chaos", "demo", "plan", "rank", "serve", "status", "verify")
+COMMANDS = ("chaos", "demo", "plan", "rank", "serve", "simulate", "status", "verify")
 EXIT_INTERRUPTED = 130
 
 
