@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 BEAT_S = 0.1
 SILENCE_FACTOR = 3.0
 """an agent is given up after so many heartbeat timeouts: its ranks beat for themselves, nothing hurries"""
+REASONS_KEPT = 1024
 OFFER_TIMEOUT_S = 60.0
 """an agent may have to read the headers of a large checkpoint before it offers"""
 
@@ -43,12 +45,12 @@ class Hooks(NamedTuple):
     Attributes:
         feed: hand an event to the brain.
         fail: (rank, incarnation, cause, detail) a rank's process failed.
-        why_given_up: (rank, incarnation) -> why this process will not be a member; "" if it is or may be.
+        expects: (rank, incarnation) -> whether this process is, or may become, a member.
     """
 
     feed: Callable[[ev.Event], None]
     fail: Callable[[int, int, FailureCause, str], None]
-    why_given_up: Callable[[int, int], str]
+    expects: Callable[[int, int], bool]
 
 
 class Agent:
@@ -88,6 +90,7 @@ class Agents:
         self._all: set[Agent] = set()
         self._wanted: dict[int, tuple[int, dict[str, Any]]] = {}
         """rank -> incarnation and program that its seat is to run"""
+        self._given_up: OrderedDict[tuple[int, int], str] = OrderedDict()
         self._server: asyncio.Server | None = None
         self._closed = False
 
@@ -116,13 +119,20 @@ class Agents:
         if agent is not None:
             agent.stream.send(StartProcess(rank, incarnation, program))
 
-    def kill(self, rank: int, incarnation: int) -> None:
+    def kill(self, rank: int, incarnation: int, reason: str) -> None:
         """Have the process killed if its agent can be reached. Whoever calls has cut its channel: it is shut out in any case."""
+        self._given_up[rank, incarnation] = reason
+        if len(self._given_up) > REASONS_KEPT:
+            self._given_up.popitem(last=False)
         if self._wanted.get(rank, (-1,))[0] == incarnation:
             del self._wanted[rank]
         agent = self._holders.get(rank)
         if agent is not None:
             agent.stream.send(KillProcess(rank, incarnation))
+
+    def why_given_up(self, rank: int, incarnation: int) -> str:
+        """What to tell a process that was."""
+        return f"process {incarnation} of rank {rank} was given up ({self._given_up.get((rank, incarnation), 'long ago')})"
 
     def state_of(self, rank: int, incarnation: int) -> str:
         """State letter of a process as its agent told within half a heartbeat timeout; "" when nothing fresh is known. After a cut the
@@ -194,8 +204,8 @@ class Agents:
         agent.offer, agent.ranks = offer, ranks
         for rank in ranks:
             self._holders[rank] = agent
-        why = {key: self._hooks.why_given_up(*key) if key[0] in ranks else "its seat is not this agent's" for key in offer.running}
-        start_over = tuple(StartOver(*key, reason) for key, reason in why.items() if reason)
+        given_up = [key for key in offer.running if key[0] not in ranks or not self._hooks.expects(*key)]
+        start_over = tuple(StartOver(*key, self.why_given_up(*key)) for key in given_up)
         agent.stream.send(Seated(ranks, start_over))
         agent.stream.start_beating(self._terms.beat_s, self._terms.silence_s)
         for rank in ranks:

@@ -138,7 +138,7 @@ class Controller:
         if remote is None:
             return
         mark = await self._loop.run_in_executor(None, fingerprint, checkpoint)
-        hooks = Hooks(self._feed, self._fail, self._why_given_up)
+        hooks = Hooks(self._feed, self._fail, self.brain.expects)
         folder = str(Path(checkpoint).resolve())
         self._agents = Agents(remote, self.config.ep_size, folder, mark, self.settings.heartbeat_timeout_s, hooks)
         self._token = self._agents.run_token
@@ -296,7 +296,7 @@ class Controller:
                 elif command.kind == "operation_finished":
                     self._note_finished(command.data["operation_id"])
             case ev.Fence():
-                self._fence(command.rank, command.incarnation)
+                self._fence(command.rank, command.incarnation, command.reason)
             case ev.StartRank():
                 self._start_rank(command.rank, command.incarnation)
             case ev.MakePlan():
@@ -340,9 +340,11 @@ class Controller:
 
     def _on_hello(self, link: RankLink, hello: Hello) -> None:
         key = (hello.rank, hello.incarnation)
-        refusal = self._why_given_up(*key) or (f"rank {hello.rank} has a process already" if key in self._links else "")
-        if refusal:
-            link.refuse(StartOver(refusal))
+        if key in self._links or not self.brain.expects(*key):
+            reason = "its seat has a process already" if key in self._links else "it was given up before it spoke"
+            if self._agents is not None and self._agents.is_remote(hello.rank):
+                reason = self._agents.why_given_up(*key)
+            link.refuse(StartOver(reason))
             return
         self._links[key] = link
         self._feed(ev.RankConnected(hello))
@@ -364,15 +366,6 @@ class Controller:
             self._loop.call_later(REMOTE_EXIT_GRACE_S, self._fail, *key, FailureCause.CHANNEL_CLOSED, "")
         else:
             self._fail(*key, FailureCause.CHANNEL_CLOSED, "")
-
-    def _why_given_up(self, rank: int, incarnation: int) -> str:
-        """Why this process is not, and will not be, a member; "" if it is or may be."""
-        if self.brain.expects(rank, incarnation):
-            return ""
-        if not 0 <= rank < len(self.brain.state.seats):
-            return f"there is no rank {rank}"
-        failure = self.brain.state.seats[rank].failure
-        return f"process {incarnation} of rank {rank} was given up ({failure}); the group is at epoch {self.brain.state.membership.epoch}"
 
     def _ended(self, rank: int, incarnation: int, how: str) -> None:
         if how:
@@ -409,7 +402,7 @@ class Controller:
             self._unreported.clear()
             log.error("the launcher process ended; ranks go on, their stops are noticed by silence; the next restart starts another")
 
-    def _fence(self, rank: int, incarnation: int) -> None:
+    def _fence(self, rank: int, incarnation: int, reason: str) -> None:
         """Cut its channel and kill it. A process with SIGKILL pending runs no more of its program, and what it sent before carries its
         old epoch; its memory may take the kernel a while, which nobody has to wait for."""
         link = self._links.pop((rank, incarnation), None)
@@ -419,7 +412,7 @@ class Controller:
         if process is not None:
             process.kill()
         elif self._agents is not None and self._agents.is_remote(rank):
-            self._agents.kill(rank, incarnation)
+            self._agents.kill(rank, incarnation, reason)
         self._feed(ev.RankFenced(rank, incarnation))
 
     def _probe(self, rank: int, incarnation: int) -> None:

@@ -174,7 +174,7 @@ class Agent:
                 self._accept(message)
             case Seated():
                 for process in message.start_over:
-                    log.warning("rank %d (process %d) is told to start over: %s", process.rank, process.incarnation, process.reason)
+                    log.warning("told to start over: %s", process.reason)
                     self._kill((process.rank, process.incarnation))
                 self._on_seated(message.ranks)
             case StartProcess():
@@ -194,7 +194,7 @@ class Agent:
             raise AgentError(f"the checkpoint {checkpoint} is not {theirs}; give its folder on this host by --checkpoint")
         if self._terms is not None and self._terms.run_id != terms.run_id:
             for key in [*self._processes]:
-                log.warning("rank %d is told to start over: the server was started anew", key[0])
+                log.warning("told to start over: the server itself was; rank %d of the one before is ended", key[0])
                 self._kill(key)
                 self._forget(key)
         self._terms = msgspec.structs.replace(terms, checkpoint=checkpoint)
