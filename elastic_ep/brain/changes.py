@@ -91,12 +91,13 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
 
 
 def _stage(state: BrainState, change: Change, plan: GroupPlan, now: float) -> None:
-    orders = epochs.load_orders(state, plan)
+    members_then = [rank for rank, alive in enumerate(change.active) if alive]
+    orders = dict.fromkeys(members_then, ()) | epochs.load_orders(state, plan)
+    ahead = epochs.install_of(state, state.membership.epoch + 1, change.active, plan)
     change.pending = set(orders)
-    change.is_due = not orders
     rate, weights = state.settings.stage_bytes_per_s, {r: state.seats[r].weights_address for r in state.membership.ranks}
     change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
-    state.between_steps += [Send(rank, Stage(change.number, loads, rate, weights)) for rank, loads in orders.items()]
+    state.between_steps += [Send(rank, Stage(change.number, loads, rate, weights, ahead)) for rank, loads in orders.items()]
     state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(plan.loads))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from elastic_ep.brain import members, operations
 from elastic_ep.brain.events import FailureCause, GroupPlan, Planned, Send
 from elastic_ep.brain.messages import Install, Installed, InstallFailed, LoadOrder
@@ -44,32 +46,33 @@ def note_sources(state: BrainState, rank: int, errors: tuple[str, ...]) -> None:
         state.publish("source_failed", rank=rank, errors=list(errors[:4]), more=max(0, len(errors) - 4))
 
 
+def install_of(state: BrainState, epoch: int, active: tuple[int, ...], plan: GroupPlan) -> Install:
+    """What an epoch with these members installs; each member's own loads are still to be put in."""
+    return Install(
+        epoch=epoch,
+        active_ranks=active,
+        slots_per_rank=state.topology.slots_per_rank,
+        num_layers=state.settings.num_layers,
+        num_experts=state.settings.plan.num_experts,
+        peers={},
+        physical_to_logical_map=plan.placement.physical_to_logical_map.astype("<i4").tobytes(),
+        quotas=None if plan.quotas is None else plan.quotas.astype("<f8").tobytes(),
+        streamed=tuple((layer, expert, rank) for (layer, expert), rank in sorted(plan.streamed.items())),
+        loads=(),
+        deadline_s=state.settings.install_timeout_s / 2,
+    )
+
+
 def send_installs(state: BrainState, plan: GroupPlan, now: float) -> None:
-    topology, ranks = state.topology, state.membership.ranks
+    ranks = state.membership.ranks
     orders = dict.fromkeys(ranks, ()) | load_orders(state, plan)
     for layer, slot, _ in plan.loads:
         state.contents.order(layer, slot, state.membership.epoch)
     peers = {rank: state.seats[rank].address for rank in ranks}
     patience = state.settings.install_deadline_s(max(map(len, orders.values())))
     state.install = Transaction(state.membership.epoch, set(ranks), now, now + patience)
-    p2l = plan.placement.physical_to_logical_map.astype("<i4").tobytes()
-    quotas = None if plan.quotas is None else plan.quotas.astype("<f8").tobytes()
-    streamed = tuple((layer, expert, rank) for (layer, expert), rank in sorted(plan.streamed.items()))
-    for rank in ranks:
-        message = Install(
-            epoch=state.membership.epoch,
-            active_ranks=state.membership.active,
-            slots_per_rank=topology.slots_per_rank,
-            num_layers=state.settings.num_layers,
-            num_experts=state.settings.plan.num_experts,
-            peers=peers,
-            physical_to_logical_map=p2l,
-            quotas=quotas,
-            streamed=streamed,
-            loads=orders[rank],
-            deadline_s=state.settings.install_timeout_s / 2,
-        )
-        state.out.append(Send(rank, message))
+    common = install_of(state, state.membership.epoch, state.membership.active, plan)
+    state.out += [Send(rank, replace(common, peers=peers, loads=orders[rank])) for rank in ranks]
 
 
 def record_loaded(state: BrainState, seat: Seat, message: Installed | InstallFailed, now: float) -> bool:
@@ -91,6 +94,8 @@ def on_installed(state: BrainState, seat: Seat, message: Installed, now: float) 
     if state.record:
         for kind, num_bytes in message.bytes_read.items():
             state.record.bytes_moved[kind] += num_bytes
+        if message.epoch == state.membership.epoch:
+            state.record.rank_move_ms = max(state.record.rank_move_ms, message.move_ms)
     if state.install is None or message.epoch != state.install.number:
         return
     state.install.pending.discard(seat.rank)

@@ -50,10 +50,10 @@ def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: fl
         return
     if not was_member:
         if state.change is not None and rank in state.change.joiners:
-            drop_change(state)
+            state.drop_change()
         operations.on_seat_lost(state, rank, now)
         return
-    drop_change(state)
+    state.drop_change()
     void(state)
     if state.record is not None and state.record.tier is not Tier.REBALANCE:
         state.record.restart(rank, cause.value)
@@ -74,13 +74,6 @@ def _lose_all(state: BrainState, last: Seat, now: float) -> None:
         return
     state.group.apply(Trigger.NO_RANK_LEFT, now=now, epoch=state.membership.epoch, reason=reason)
     stop(state, f"no rank is left alive; the last, rank {last.rank}, failed: {last.failure}")
-
-
-def drop_change(state: BrainState) -> None:
-    """Give up a change that is being staged; what it was for is looked at again when the group serves."""
-    state.change = state.next_round = None
-    state.between_steps = []
-    state.restore_due = True
 
 
 def may_restart(state: BrainState, seat: Seat) -> bool:

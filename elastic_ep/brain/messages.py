@@ -219,12 +219,14 @@ class Stage:
     Attributes:
         bytes_per_s: how fast at most; 0 is as fast as it goes.
         weights: rank -> where to ask for experts that it holds.
+        ahead: the Install that will follow, without loads and peers, so that its tables are built by then.
     """
 
     change: int
     loads: tuple[LoadOrder, ...]
     bytes_per_s: float
     weights: dict[int, str] = field(default_factory=dict)
+    ahead: Install | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,8 @@ def retire(state: BrainState, seat: Seat, now: float) -> None:
         seat.move(SeatState.RETIRED)
     if seat.state is SeatState.RETIRED:
         return
+    if state.change is not None and seat.rank in state.change.joiners:
+        state.drop_change()
     seat.is_leaving = True
     if seat.state is SeatState.FENCING:
         return

@@ -192,3 +192,9 @@ class BrainState:
 
     def publish(self, kind: str, /, **data: Any) -> None:
         self.out.append(Publish(kind, data))
+
+    def drop_change(self) -> None:
+        """Give up a change that is being staged; what it was for is looked at again when the group serves."""
+        self.change = self.next_round = None
+        self.between_steps = []
+        self.restore_due = True

@@ -139,6 +139,8 @@ class RecoveryRecord:
     tier: Tier = Tier.MASK
     experts_lost: int = 0
     bytes_moved: dict[str, int] = field(default_factory=lambda: {"peer": 0, "host": 0, "checkpoint": 0})
+    rank_move_ms: float = 0.0
+    """the slowest rank's own part of the move phase, by its own clock"""
     reason: str = ""
 
     def restart(self, rank: int, kind: str) -> None:
@@ -162,6 +164,7 @@ class RecoveryRecord:
             "tier": int(self.tier),
             **dict(zip(names, spans, strict=True)),
             "stall_ms": stall,
+            "rank_move_ms": round(self.rank_move_ms, 3),
             "experts_lost": self.experts_lost,
             "bytes_moved": dict(self.bytes_moved),
             "reason": self.reason,

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +108,7 @@ class Rank:
         self.held: dict[tuple[int, int], tuple[int, int]] = {}
         """(layer, physical slot) -> (expert, digest): what this rank's slots do hold."""
         self._counts: NDArray[np.int64] | None = None
+        self._prepared: tuple[Install, RoutingTable] | None = None
         self.peer_server, self.weights_address = weights
         self.sources: Sources
         self.stager: Stager
@@ -149,7 +151,11 @@ class Rank:
         turn = (config.rank, max(config.ep_size, config.rank + 1))
         upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
         sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
-        self.stager = Stager(slots, config.first_slot, sources, upkeep, self.channel.send, self.faults)
+        self.stager = Stager(slots, config.first_slot, sources, upkeep, self.channel.send, self.faults, self._prepare)
+
+    def _prepare(self, order: Install) -> None:
+        """Build the tables of an Install before it comes (in the stager's thread)."""
+        self._prepared = order, routing_of(order)
 
     def _install(self, order: Install) -> Installed | InstallFailed:
         """Match the mesh, load, swap tables. An interrupt (a newer epoch is waiting) ends it early; what was loaded is kept and told."""
@@ -157,7 +163,6 @@ class Rank:
         self.faults.reach("install_begin", epoch=order.epoch)
         self.epoch = order.epoch
         self.stager.cancel()
-        topology = Topology(order.slots_per_rank)
         loaded: list[LoadedSlot] = []
         by_source: Counter[str] = Counter()
         errors: list[str] = []
@@ -174,11 +179,10 @@ class Rank:
                 self.faults.reach("expert_loaded", epoch=order.epoch)
         except CheckpointError as error:
             return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
-        shape = (order.num_layers, topology.num_slots)
-        placement = ExpertPlacement(np.frombuffer(order.physical_to_logical_map, "<i4").reshape(shape), order.num_experts)
-        quotas = None if order.quotas is None else np.frombuffer(order.quotas, "<f8").reshape(shape)
-        streamed = {(layer, expert): rank for layer, expert, rank in order.streamed}
-        self.routing = RoutingTable.build(order.epoch, placement, topology, quotas, streamed)
+        prepared = self._prepared
+        if prepared is None or replace(prepared[0], loads=order.loads, peers=order.peers) != order:
+            prepared = order, routing_of(order)
+        self.routing, self._prepared = prepared[1], None
         self.faults.reach("install_end", epoch=order.epoch)
         move_ms = (time.monotonic() - started) * 1e3
         return Installed(order.epoch, tuple(loaded), moved_bytes(by_source), move_ms, tuple(errors))
@@ -221,6 +225,16 @@ class Rank:
             return None
         due, self._counts = self._counts.astype("<u4").tobytes(), None
         return due
+
+
+def routing_of(order: Install) -> RoutingTable:
+    """The tables that an Install describes."""
+    topology = Topology(order.slots_per_rank)
+    shape = (order.num_layers, topology.num_slots)
+    placement = ExpertPlacement(np.frombuffer(order.physical_to_logical_map, "<i4").reshape(shape), order.num_experts)
+    quotas = None if order.quotas is None else np.frombuffer(order.quotas, "<f8").reshape(shape)
+    streamed = {(layer, expert): rank for layer, expert, rank in order.streamed}
+    return RoutingTable.build(order.epoch, placement, topology, quotas, streamed)
 
 
 def _beat(channel: ControlChannel, interval_s: float, guardian_pid: int | None) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from elastic_ep.brain.messages import RankFatal, Stage, Staged, StageFailed
+from elastic_ep.brain.messages import Install, RankFatal, Stage, Staged, StageFailed
 from elastic_ep.core.errors import CheckpointError, WrongExpertError
 from elastic_ep.runtime.engine import SlotLoad, Slots
 from elastic_ep.runtime.faults import FaultPlan
@@ -30,6 +30,7 @@ class Stager:
     Args:
         first_slot: physical id of this rank's slot 0.
         sources: this thread's own.
+        prepare: build the tables of an Install that will come.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Stager:
         upkeep: Upkeep,
         send: Callable[[Staged | StageFailed | RankFatal], None],
         faults: FaultPlan,
+        prepare: Callable[[Install], None],
     ) -> None:
         self._slots = slots
         self._first_slot = first_slot
@@ -47,6 +49,7 @@ class Stager:
         self._upkeep = upkeep
         self._send = send
         self._faults = faults
+        self._prepare = prepare
         self._orders: queue.Queue[Stage] = queue.Queue()
         self._latest = -1
         threading.Thread(target=self._run, name="stager", daemon=True).start()
@@ -111,6 +114,8 @@ class Stager:
             errors += loaded.errors
             if stage.bytes_per_s > 0:
                 self._wait_until(started + num_bytes / stage.bytes_per_s, stage)
+        if stage.ahead is not None:
+            self._prepare(stage.ahead)
         self._faults.reach("stage_end")
         return Staged(stage.change, moved_bytes(by_source), tuple(errors))
 

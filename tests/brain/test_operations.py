@@ -134,7 +134,7 @@ def test_refusals_name_the_reason():
     finish(world)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_operations_and_failures(seed):
     """Whatever is asked for and whoever dies meanwhile: every stream is whole, and no operation is left hanging."""
     rng = random.Random(seed)
