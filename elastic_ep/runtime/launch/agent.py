@@ -130,6 +130,8 @@ class Agent:
             now = self._loop.time()
             if was_there and refused_since is not None and now - refused_since > GONE_AFTER_S:
                 raise AgentError(f"the controller at {self.config.controller} has ended ({trouble}); its ranks here were ended too")
+            if now > deadline and isinstance(trouble, _Later):
+                raise AgentError(f"refused: {trouble}")
             if now > deadline:
                 raise AgentError(f"no controller at {self.config.controller}: {trouble}; check the address, and that it is up")
             with suppress(TimeoutError):
@@ -189,7 +191,8 @@ class Agent:
     def _accept(self, terms: Terms) -> None:
         """Check that this host can serve the run, and offer it. Raises CheckpointError, AgentError."""
         checkpoint = self.config.checkpoint or terms.checkpoint
-        if fingerprint(checkpoint) != terms.fingerprint:
+        known = self._terms is not None and self._terms.fingerprint == terms.fingerprint
+        if not known and fingerprint(checkpoint) != terms.fingerprint:
             theirs = f"the one that the server has at {terms.checkpoint}"
             raise AgentError(f"the checkpoint {checkpoint} is not {theirs}; give its folder on this host by --checkpoint")
         if self._terms is not None and self._terms.run_id != terms.run_id:
