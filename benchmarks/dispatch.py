@@ -1,8 +1,8 @@
-"""Dispatch + combine of the socket backend beside gloo's `all_to_all_single`: same rows, same grouping, same sum, in one run.
+"""Dispatch + combine of the socket and MPI backends beside gloo's `all_to_all_single`: same rows, same grouping, same sum, in one run.
 
 The gloo peer is the plain form: exchange counts, then the (row, expert) pairs, then the rows; the outputs come back with counts
-that are known by then. Both use the same planning and summing code, so what differs is how bytes move. The two take turns; a
-repetition lasts as long as its slowest rank, and medians are compared.
+that are known by then. All use the same planning and summing code, so what differs is how bytes move. They take turns; a
+repetition lasts as long as its slowest rank, and medians are compared. MPI is left out where the extra `mpi` is not installed.
 
     python benchmarks/dispatch.py [--json]
 """
@@ -10,11 +10,12 @@ repetition lasts as long as its slowest rank, and medians are compared.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +35,8 @@ from elastic_ep.core.routing import RoutingTable
 from elastic_ep.core.topology import Topology
 from elastic_ep.runtime.dispatch.base import DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.grouping import distinct_rows, plan_arrival, plan_departure
+from elastic_ep.runtime.dispatch.mpi import MpiDispatcher
+from elastic_ep.runtime.dispatch.mpi_link import load_mpi
 from elastic_ep.runtime.dispatch.rows import RowBuffer, as_array, gather, weighted_sum
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 
@@ -129,64 +132,75 @@ def measure(rank: int, sides: dict[str, Any], num_tokens: int, dtype: torch.dtyp
     return {name: times[name] for name in sides}, step
 
 
-def rank_main(rank: int, folder: str, results: Any) -> None:
+def rank_main(rank: int, folder: str, with_mpi: bool) -> None:
+    """Measure every size and leave this rank's times in a file."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    gloo = GlooPeer(rank, folder)
-    with SocketDispatcher(rank, f"unix:{folder}/r{rank}", token="benchmark", deadline_s=60) as mesh:
-        failed = mesh.connect({r: f"unix:{folder}/r{r}" for r in range(RANKS)}, 30)
-        assert failed is None, failed
+    results = []
+    with contextlib.ExitStack() as open_sides:
+        mesh = open_sides.enter_context(SocketDispatcher(rank, f"unix:{folder}/r{rank}", token="benchmark", deadline_s=60))
+        sides: dict[str, Any] = {"socket": mesh}
+        failed = [mesh.connect({r: f"unix:{folder}/r{r}" for r in range(RANKS)}, 30)]
+        if with_mpi:
+            sides["mpi"] = open_sides.enter_context(MpiDispatcher(rank, deadline_s=60))
+            failed.append(sides["mpi"].connect({r: f"mpi:{r}" for r in range(RANKS)}, 30))
+        assert not any(failed), failed
+        sides["gloo"] = GlooPeer(rank, folder)
         step = 0
         for dtype in DTYPES:
             for num_tokens in TOKENS:
-                times, step = measure(rank, {"socket": mesh, "gloo": gloo}, num_tokens, dtype, step)
-                results.put((str(dtype).removeprefix("torch."), num_tokens, rank, times))
+                times, step = measure(rank, sides, num_tokens, dtype, step)
+                results.append({"dtype": str(dtype).removeprefix("torch."), "tokens_per_rank": num_tokens, "times": times})
         dist.barrier()
     dist.destroy_process_group()
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(results))
+
+
+def start_ranks(folder: str) -> list[subprocess.Popen[bytes]]:
+    """The rank processes, or the mpirun that starts them."""
+    own = [sys.executable, __file__, "--folder", folder]
+    mpirun = Path(sys.executable).with_name("mpirun")
+    if not mpirun.exists():
+        return [subprocess.Popen([*own, "--rank", str(rank)]) for rank in range(RANKS)]
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    options = ["--with-ft", "ulfm", "--oversubscribe", "--bind-to", "none", "--mca", "pml", "ob1", "-n", str(RANKS)]
+    return [subprocess.Popen([mpirun, *options, *own, "--mpi"], env=environment, stdin=subprocess.DEVNULL)]
 
 
 def run() -> list[dict[str, Any]]:
     """One row per dtype and size."""
-    context = multiprocessing.get_context("spawn")
     folder = tempfile.mkdtemp(prefix="eepbench")
-    results = context.Queue()
-    ranks = [context.Process(target=rank_main, args=(rank, folder, results), daemon=True) for rank in range(RANKS)]
+    processes = start_ranks(folder)
     try:
-        for process in ranks:
-            process.start()
-        rows = []
-        for dtype in DTYPES:
-            for num_tokens in TOKENS:
-                per_rank = [results.get(timeout=60) for _ in range(RANKS)]
-                name = str(dtype).removeprefix("torch.")
-                assert {(d, t) for d, t, _, _ in per_rank} == {(name, num_tokens)}
-                median = {
-                    side: statistics.median(map(max, zip(*(times[side] for *_, times in per_rank), strict=True))) * 1e3
-                    for side in ("socket", "gloo")
-                }
-                rows.append(
-                    {
-                        "dtype": name,
-                        "tokens_per_rank": num_tokens,
-                        "socket_ms": round(median["socket"], 4),
-                        "gloo_ms": round(median["gloo"], 4),
-                        "ratio": round(median["gloo"] / median["socket"], 3),
-                    }
-                )
-        for process in ranks:
-            process.join(30)
-        return rows
+        for process in processes:
+            if process.wait(600):
+                raise SystemExit(f"a rank ended with status {process.returncode}")
+        per_rank = [json.loads(Path(f"{folder}/{rank}.json").read_text()) for rank in range(RANKS)]
     finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
         shutil.rmtree(folder, ignore_errors=True)
+    rows = []
+    for same in zip(*per_rank, strict=True):
+        row = {name: same[0][name] for name in ("dtype", "tokens_per_rank")}
+        for side in same[0]["times"]:
+            slowest = map(max, zip(*(one["times"][side] for one in same), strict=True))
+            row[f"{side}_ms"] = round(statistics.median(slowest) * 1e3, 4)
+        rows.append({**row, "ratio": round(row["gloo_ms"] / row["socket_ms"], 3)})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--mpi", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.folder:
+        rank_main(load_mpi().COMM_WORLD.rank if options.mpi else options.rank, options.folder, options.mpi)
+        return
     begin = time.monotonic()
     rows = run()
     report = {"ranks": RANKS, "hidden": HIDDEN, "experts": EXPERTS, "top_k": TOP_K, "cores": len(os.sched_getaffinity(0)), "rows": rows}
@@ -194,9 +208,11 @@ def main() -> None:
         print(json.dumps(report))
         return
     print(f"dispatch + combine, {RANKS} ranks on {report['cores']} cores, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts; medians")
-    print(f"{'dtype':>9} {'tokens':>7} {'socket ms':>10} {'gloo ms':>10} {'gloo/socket':>12}")
+    sides = [name.removesuffix("_ms") for name in rows[0] if name.endswith("_ms")]
+    print(f"{'dtype':>9} {'tokens':>7}" + "".join(f"{side + ' ms':>11}" for side in sides) + f" {'gloo/socket':>12}")
     for row in rows:
-        print(f"{row['dtype']:>9} {row['tokens_per_rank']:>7} {row['socket_ms']:>10.3f} {row['gloo_ms']:>10.3f} {row['ratio']:>11.2f}x")
+        times = "".join(f"{row[side + '_ms']:>11.3f}" for side in sides)
+        print(f"{row['dtype']:>9} {row['tokens_per_rank']:>7}{times} {row['ratio']:>11.2f}x")
     print(f"{time.monotonic() - begin:.0f} s in all")
 
 

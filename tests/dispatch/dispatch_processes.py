@@ -21,6 +21,7 @@ from mpi_job import MpiJob, MpiProcess, ObjectPipe
 
 from elastic_ep.runtime.dispatch.base import DispatchHandle, Interrupted, PeerFailed, StepPoint
 from elastic_ep.runtime.dispatch.cuda.region import Capacity
+from elastic_ep.runtime.dispatch.mpi import MpiDispatcher
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 
 EXPERTS, TOP_K = 10, 3
@@ -126,7 +127,7 @@ class _CountedComm:
 
 def _arm(dispatcher: Any, fault: Fault) -> None:
     """Count what leaves; the compiled path of the sockets would send bytes past the counter, so it is not taken."""
-    if not isinstance(dispatcher, SocketDispatcher):
+    if isinstance(dispatcher, MpiDispatcher):
         comm = _CountedComm(dispatcher._comm, fault)
         for link in dispatcher._links.values():
             link._comm = comm

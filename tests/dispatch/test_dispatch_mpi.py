@@ -1,0 +1,122 @@
+"""Death and hang in a real MPI job. One job serves the whole file: a spare process takes the seat of each that dies."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dispatch_processes import Fault, Ranks
+from dispatch_world import CONNECT_S
+from mpi_job import MpiJob
+from test_dispatch_faults import BIG, SOON_S, check_named, name_of
+
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.runtime.dispatch.base import FailureKind, PeerFailed
+from elastic_ep.runtime.dispatch.mpi import MpiDispatcher
+
+SEATS = range(4)
+KILLS = [
+    Fault("before_dispatch"),
+    Fault("before_combine", layer=1),
+    Fault("mid_dispatch", messages_sent=1),
+    Fault("mid_combine", messages_sent=2),
+]
+DEADLINE_S = 1.0
+"""no rank may come this late to an exchange, however busy the machine"""
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def job() -> Iterator[Ranks]:
+    """Four seats, and a spare for each death in this file."""
+    folder = Path(tempfile.mkdtemp(prefix="eep"))
+    job = MpiJob(len(SEATS) + len(KILLS) + 3, folder / "job")
+    yield Ranks("mpi", folder / "ranks", {"grace_s": 0.5, "deadline_s": 10.0}, job)
+    job.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def ranks(job: Ranks) -> Ranks:
+    """All seats taken and connected."""
+    for seat in SEATS:
+        if seat not in job.members:
+            job.start(seat)
+    job.install(SEATS)
+    return job
+
+
+@pytest.mark.parametrize("fault", KILLS, ids=name_of)
+def test_killed(ranks: Ranks, fault: Fault) -> None:
+    """Large rows: in the middle of an exchange some have arrived, some are being read from the dead process's memory."""
+    ranks.check_steps(SEATS, 3)
+    reports = ranks.run(SEATS, faults={2: fault}, **BIG)
+    ranks.wait_dead(2)
+    check_named(reports, {2: FailureKind.CLOSED})
+    assert max(r.took_s for (r,) in reports.values()) < SOON_S
+    ranks.install([0, 1, 3])
+    ranks.check_steps([0, 1, 3], 20)
+
+
+def test_two_killed_at_once(ranks: Ranks) -> None:
+    reports = ranks.run(SEATS, faults={0: Fault("before_dispatch"), 3: Fault("before_dispatch")})
+    check_named(reports, {0: FailureKind.CLOSED, 3: FailureKind.CLOSED})
+    ranks.wait_dead(0)
+    ranks.wait_dead(3)
+    ranks.install([1, 2])
+    ranks.check_steps([1, 2], 20)
+
+
+@pytest.mark.parametrize("point", ["before_dispatch", "before_combine"])
+def test_stopped_is_named_at_the_deadline_and_changes_nothing_when_it_wakes(ranks: Ranks, point: str) -> None:
+    """Woken, it finds itself dropped; named again, it serves again."""
+    for seat in SEATS:
+        ranks.tell(seat, "start", seat, {"deadline_s": DEADLINE_S})
+        ranks.answer(seat)
+    ranks.install(SEATS)
+    reports = ranks.run(SEATS, faults={1: Fault(point, signal=signal.SIGSTOP)}, **BIG)
+    try:
+        check_named(reports, {1: FailureKind.DEADLINE})
+        assert all(DEADLINE_S - 0.05 < r.took_s < DEADLINE_S + SOON_S for (r,) in reports.values())
+        ranks.install([0, 2, 3])
+        ranks.check_steps([0, 2, 3], 20)
+    finally:
+        ranks.members[1].process.wake()
+    (woken,) = ranks.answer(1)
+    assert woken.outcome == PeerFailed(dict.fromkeys([0, 2, 3], FailureKind.CLOSED))
+    ranks.check_steps([0, 2, 3], 20)
+    ranks.install(SEATS)
+    ranks.check_steps(SEATS, 10, **BIG)
+
+
+def test_a_dead_process_is_named_by_connect(ranks: Ranks) -> None:
+    """As soon as MPI knows of the death, not at the deadline."""
+    ranks.install([0, 1, 2])
+    address = ranks.members[3].address
+    ranks.members[3].process.kill()
+    ranks.wait_dead(3)
+    peers = {r: m.address for r, m in ranks.members.items()} | {3: address}
+    for seat in (0, 1, 2):
+        ranks.tell(seat, "connect", peers, CONNECT_S)
+    begin = time.monotonic()
+    assert {r: ranks.answer(r) for r in (0, 1, 2)} == dict.fromkeys((0, 1, 2), PeerFailed({3: FailureKind.CLOSED}))
+    assert time.monotonic() - begin < CONNECT_S / 2
+
+
+def test_a_process_that_does_not_exist_or_two_ranks_in_one_are_refused(ranks: Ranks) -> None:
+    for peers, words in (({0: "mpi:99"}, "no process"), ({1: "unix:a"}, "no process"), ({1: "mpi:1", 2: "mpi:1"}, "its own process")):
+        ranks.tell(0, "connect", peers, 1.0)
+        with pytest.raises(InvalidInputError, match=words):
+            ranks.answer(0)
+
+
+def test_without_mpi_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(InvalidInputError, match=r"pip install 'elastic-ep\[mpi\]'"):
+        MpiDispatcher(0).listen()
