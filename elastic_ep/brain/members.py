@@ -54,6 +54,7 @@ def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: fl
         operations.on_seat_lost(state, rank, now)
         return
     state.drop_change()
+    operations.on_seat_lost(state, rank, now)
     void(state)
     if state.record is not None and state.record.tier is not Tier.REBALANCE:
         state.record.restart(rank, cause.value)

@@ -51,7 +51,7 @@ def _drain_refusal(state: BrainState, rank: int) -> str | None:
 
 
 def _slots_refusal(state: BrainState, leavers: tuple[int, ...]) -> str | None:
-    stay = [rank for rank in state.membership.ranks if rank not in leavers]
+    stay = [rank for rank in state.membership.ranks if rank not in leavers and state.seats[rank].is_alive]
     if not stay:
         return "no member would be left to serve"
     slots = sum(state.topology.slots_per_rank[rank] for rank in stay)
@@ -130,6 +130,7 @@ def retire(state: BrainState, seat: Seat, now: float) -> None:
         return
     seat.move(SeatState.FENCING)
     seat.failure = "retired"
+    state.requests.evict_rank(seat.rank)  # its process may go on for a while, but no step asks it any more
     state.publish("rank_retired", rank=seat.rank)
     state.out.append(Fence(seat.rank, seat.incarnation, "retired"))
     state.fence_deadline = now + state.settings.fence_timeout_s
@@ -161,9 +162,14 @@ def homes(state: BrainState) -> tuple[int, ...]:
 
 
 def on_seat_lost(state: BrainState, rank: int, now: float) -> None:
-    """A rank failed. If the running operation was waiting for it to join, undo the operation."""
+    """A rank failed. If the running operation was waiting for it to join, or can no more do without the leavers, undo the operation."""
     operation = state.operation
-    if operation is None or rank not in operation.joiners:
+    if operation is None:
+        return
+    if rank not in operation.joiners or state.membership.is_active(rank):
+        short = _slots_refusal(state, operation.leavers) if operation.leavers else None
+        if short is not None:
+            _finish(state, OperationState.FAILED, f"rank {rank} failed, and {short}", now)
         return
     reason = f"rank {rank} failed before it was a member: {state.seats[rank].failure}"
     for joiner in operation.joiners:
