@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def do(world: World, fault: Fault) -> None:
     """Nothing happens to a seat without a living process, except that what comes next there may be doomed."""
-    rank = fault.rank % world.schedule.ep_size
+    rank = fault.rank % len(world.brain.state.seats)
     process = world.processes.get((rank, world.brain.state.seats[rank].incarnation))
     after = world.timeline.after
     match fault.kind:
@@ -26,7 +26,7 @@ def do(world: World, fault: Fault) -> None:
         case FaultKind.PARTITION:
             cut(world, rank, fault.peer, fault.seconds)
         case FaultKind.ISOLATE:
-            for other in (CONTROLLER, *range(world.schedule.ep_size)):
+            for other in (CONTROLLER, *range(len(world.brain.state.seats))):
                 if other != rank:
                     cut(world, rank, other, fault.seconds)
         case FaultKind.SLOW_LINK:

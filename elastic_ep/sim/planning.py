@@ -22,7 +22,9 @@ def answer(brain: Brain, command: ev.MakePlan) -> ev.Planned:
     """Solve for these members, from what the slots hold now."""
     state = brain.state
     topology, contents = topology_of(brain), state.contents.experts
-    key = (state.settings.plan, topology.slots_per_rank, command.active, contents.tobytes(), contents.shape, command.change is None)
+    load = state.load.recent()
+    asked = (state.settings.plan, topology.slots_per_rank, command.active, command.change is None)
+    key = (*asked, contents.tobytes(), contents.shape, None if load is None else load.tobytes())
     if key not in _plans:
         _remember(_plans, key, _solve(brain, command))
     plans, reason = _plans[key]
@@ -33,7 +35,7 @@ def answer(brain: Brain, command: ev.MakePlan) -> ev.Planned:
 
 def _solve(brain: Brain, command: ev.MakePlan) -> tuple[tuple[ev.GroupPlan, ...], str]:
     state = brain.state
-    arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts)
+    arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, state.load.recent())
     try:
         return ((planner.plan(*arguments),) if command.change is None else planner.plan_change(*arguments)), ""
     except InsufficientSlotsError as error:

@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from elastic_ep.brain import events as ev
+from elastic_ep.brain import operations
 from elastic_ep.brain.messages import RunStep, StepDone
 from elastic_ep.brain.seats import SeatState
 from elastic_ep.core.placement import EMPTY
@@ -159,7 +160,7 @@ def any_rank_may_die(world: World) -> None:
         world.saw_down = True
         require(not any(s.is_alive for s in state.seats), "any_rank_may_die", "down while a rank lives")
         if state.settings.restart:
-            left = [s.rank for s in state.seats if s.failed_starts < state.settings.restart_limit]
+            left = [s.rank for s in operations.wanted_seats(state) if s.failed_starts < state.settings.restart_limit]
             require(not left, "any_rank_may_die", f"down while seats {left} may be started again")
 
 
@@ -285,6 +286,9 @@ def check(world: World) -> None:
 
 def check_end(world: World, patience_s: float) -> None:
     """After the last fault everything ends: each request has all its tokens, or an error that the promises allow."""
+    operation = world.brain.state.operation if world.operation_runs else None
+    if operation is not None:
+        raise Violation("bounded_waits", f"{operation.describe()} has not ended {patience_s:g} s after the last fault")
     for name, client in world.clients.items():
         done = client.finish or client.is_cancelled
         phase: Any = world.brain.state.group.phase.value

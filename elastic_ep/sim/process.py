@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from elastic_ep.brain.messages import (
     ControllerMessage,
     DenseLoaded,
@@ -92,6 +94,8 @@ class Process:
         self.staging: Stage | None = None
         self.kv: dict[int, list[int]] = {}
         self.parts: dict[int, dict[int, Part]] = {}
+        self.counts = self.no_counts()
+        """[layer][expert] positions sent there since the last report"""
         self.up = world.open_channel(self)
 
     # ---- life
@@ -359,7 +363,13 @@ class Process:
                 kv.append(state)
             if work.sample is not None:
                 found.append(SampledToken(work.seq_id, tokens.sample(state)))
-        self.end_job(StepDone(order.epoch, order.step, tuple(found), 1.0))
+        counts = None
+        if self.world.settings.rebalance_interval_s:
+            counts, self.counts = np.array(self.counts, "<u4").tobytes(), self.no_counts()
+        self.end_job(StepDone(order.epoch, order.step, tuple(found), 1.0, counts))
+
+    def no_counts(self) -> list[list[int]]:
+        return [[0] * self.world.settings.plan.num_experts for _ in range(self.world.settings.num_layers)]
 
     def forward(self, state: int, parts: dict[int, Part]) -> int:
         """Send one position through the experts of all layers. Right bytes leave the state as it is."""
@@ -368,6 +378,7 @@ class Process:
         wrong = 0
         for layer in range(routing.num_layers):
             expert = tokens.chosen_expert(state, layer, routing.num_experts)
+            self.counts[layer][expert] += 1
             place = routing.place(layer, expert, state)
             if place is None:
                 self.world.note_fact("unrouted", self, layer, expert)

@@ -6,6 +6,7 @@ import enum
 import random
 from dataclasses import dataclass
 
+from elastic_ep.brain.events import Drain
 from elastic_ep.brain.planner import PlanSettings
 from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.brain.settings import BrainSettings
@@ -81,6 +82,16 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """What an operator asks for after so many events: another number of ranks, or, with `is_drain`, that rank `target` leaves."""
+
+    after: int
+    is_drain: bool
+    target: int
+    drain: Drain
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """One run.
 
@@ -91,6 +102,7 @@ class Schedule:
         loss: part of the messages that comes 200 ms late.
         plan_s: what solving a placement takes.
         read_s: what reading one expert takes.
+        rebalance_s: how often placements are made anew for the recorded load; 0 never.
         staging_slots: experts that a rank may hold beside its live slots in a change; few make a change take several rounds.
     """
 
@@ -106,7 +118,9 @@ class Schedule:
     plan_s: float
     staging_slots: int
     read_s: float
+    rebalance_s: float
     requests: tuple[Request, ...]
+    orders: tuple[Order, ...]
     faults: tuple[Fault, ...]
 
     def settings(self) -> BrainSettings:
@@ -127,6 +141,8 @@ class Schedule:
             restart_backoff_s=0.1,
             restart_backoff_max_s=0.8,
             restart_reset_s=1.0,
+            rebalance_interval_s=self.rebalance_s,
+            rebalance_min_gain=0.0,
         )
 
 
@@ -160,9 +176,23 @@ def draw(seed: int, ep_size: int = 0, shape: tuple[int, int] | None = None) -> S
         plan_s=rng.choice((0.0, 0.0, 0.003)),
         staging_slots=rng.choice((1, 2, 1024)),
         read_s=rng.choice((0.001, 0.006)),
+        rebalance_s=0.3 if rng.random() < 0.1 else 0.0,
         requests=requests,
+        orders=draw_orders(rng, ranks, experts),
         faults=draw_faults(rng, ranks),
     )
+
+
+def draw_orders(rng: random.Random, ranks: int, experts: int) -> tuple[Order, ...]:
+    """None mostly; else one or two."""
+    if rng.random() < 0.65:
+        return ()
+    orders = []
+    for _ in range(rng.choice((1, 1, 2))):
+        is_drain = rng.random() < 0.4
+        target = rng.randrange(ranks) if is_drain else rng.randint(1, min(ranks + 2, experts))
+        orders.append(Order(rng.randrange(20, 250), is_drain, target, rng.choice(("move", "finish"))))
+    return tuple(orders)
 
 
 def draw_faults(rng: random.Random, ranks: int) -> tuple[Fault, ...]:

@@ -34,9 +34,11 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         yield replace(schedule, faults=faults[:i] + faults[i + 1 :])
     for i in range(len(requests)):
         yield replace(schedule, requests=requests[:i] + requests[i + 1 :])
+    for i in range(len(schedule.orders)):
+        yield replace(schedule, orders=schedule.orders[:i] + schedule.orders[i + 1 :])
     if schedule.ep_size > 1:
         yield replace(schedule, ep_size=schedule.ep_size - 1)
-    for change in ({"num_layers": 1}, {"loss": 0.0}, {"plan_s": 0.0}, {"staging_slots": 1024}, {"is_local": True}):
+    for change in ({"num_layers": 1}, {"loss": 0.0}, {"plan_s": 0.0}, {"staging_slots": 1024}, {"is_local": True}, {"rebalance_s": 0.0}):
         if any(getattr(schedule, name) != value for name, value in change.items()):
             yield replace(schedule, **change)
     for i, request in enumerate(requests):

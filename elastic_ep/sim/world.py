@@ -14,12 +14,13 @@ from typing import Any
 from elastic_ep.brain import events as ev
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.messages import Heartbeat, Hello, Install, LoadOrder, SamplingParams
+from elastic_ep.core.recovery import Phase
 from elastic_ep.sim import faults, planning
 from elastic_ep.sim.mesh import EOF, Call
 from elastic_ep.sim.network import CONTROLLER, Channel, Network
 from elastic_ep.sim.process import Process
 from elastic_ep.sim.routing import Routing
-from elastic_ep.sim.schedule import MAX_WAIT, Fault, Request, Schedule
+from elastic_ep.sim.schedule import MAX_WAIT, Fault, Order, Request, Schedule
 from elastic_ep.sim.timeline import Timeline
 
 LATENCY_S = 0.0002
@@ -96,6 +97,7 @@ class World:
         self._busy = False
         self._requests = deque(sorted(schedule.requests, key=lambda r: r.after))
         self._faults = deque(sorted(schedule.faults, key=lambda f: f.after))
+        self._orders = deque(sorted(schedule.orders, key=lambda o: o.after))
         self._cancels: list[tuple[int, str]] = []
         for rank in range(schedule.ep_size):
             self.timeline.after(0.001 * self.rng.random(), self.spawn, rank, 0)
@@ -117,12 +119,18 @@ class World:
     @property
     def is_over(self) -> bool:
         """Every fault and request has been, and nothing is left to wait for."""
-        left = self._faults or self._requests or self._cancels
+        left = self._faults or self._requests or self._cancels or self._orders or self.operation_runs
         return not left and all(c.finish or c.is_cancelled for c in self.clients.values())
 
     @property
+    def operation_runs(self) -> bool:
+        """Whether what an operator asked for is still to be ended, and the group is in a state to end it."""
+        state = self.brain.state
+        return state.operation is not None and self.stopped is None and state.group.phase not in (Phase.REFUSING, Phase.DOWN)
+
+    @property
     def is_past_faults(self) -> bool:
-        return not self._faults and not self._requests
+        return not self._faults and not self._requests and not self._orders
 
     def step(self) -> bool:
         """One event. False when there is none, which no world with a living process reaches."""
@@ -131,10 +139,12 @@ class World:
             self.submit(self._requests.popleft())
         elif self._faults and self._is_due(self._faults[0], moment):
             self.harm(self._faults.popleft())
+        elif self._orders and self._orders[0].after <= moment:
+            self.order(self._orders.popleft())
         elif self._cancels and self._cancels[0][0] <= moment:
             self.cancel(self._cancels.pop(0)[1])
         elif not self.timeline.step():
-            if not (self._requests or self._faults or self._cancels):
+            if not (self._requests or self._faults or self._cancels or self._orders):
                 return False
             self.timeline.happened += 1
         self.checked()
@@ -167,6 +177,13 @@ class World:
         if request.cancel_after:
             self._cancels.append((self.timeline.happened + request.cancel_after, request_id))
             self._cancels.sort()
+
+    def order(self, order: Order) -> None:
+        name = f"o{self.timeline.happened}"
+        if order.is_drain:
+            self.feed(ev.DrainRequested(name, order.target, order.drain))
+        else:
+            self.feed(ev.ScaleRequested(name, order.target, order.drain))
 
     def cancel(self, request_id: str) -> None:
         client = self.clients[request_id]

@@ -22,7 +22,9 @@ def an_idle_group() -> Schedule:
         plan_s=0.0,
         staging_slots=1024,
         read_s=0.002,
+        rebalance_s=0.0,
         requests=(),
+        orders=(),
         faults=(Fault(90, FaultKind.CRASH, 1), Fault(200, FaultKind.CRASH, 1)),
     )
 

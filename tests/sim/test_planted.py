@@ -122,9 +122,9 @@ def with_flips(schedule):
 
 def losing_two_while_loading(schedule):
     """Ranks with a few slots, one more failure while the first one's experts are being loaded."""
-    faults = (Fault(60 + schedule.seed % 60, FaultKind.CRASH, 3), Fault(61, FaultKind.CRASH, schedule.seed % 3, phase="installing"))
-    shape = {"ep_size": 4, "slots_per_rank": 4, "num_layers": 1, "num_experts": 8, "restart": False, "stream": True, "is_local": True}
-    return replace(schedule, faults=faults, plan_s=0.0, read_s=0.002, **shape)
+    faults = (Fault(60 + schedule.seed % 60, FaultKind.CRASH, 4), Fault(61, FaultKind.CRASH, schedule.seed % 4, phase="installing"))
+    shape = {"ep_size": 5, "slots_per_rank": 3, "num_layers": 2, "num_experts": 11, "restart": False, "stream": True, "is_local": True}
+    return replace(schedule, faults=faults, plan_s=0.0, read_s=0.004, **shape)
 
 
 CHANGES = {"checks_no_digest": with_flips, "counts_on_slots_being_overwritten": losing_two_while_loading}
