@@ -18,6 +18,8 @@ from elastic_ep.runtime.dispatch.cuda.region import Capacity
 from elastic_ep.runtime.dispatch.local import LocalDispatcher
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 
+MPI_DEATHS = 7
+
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
@@ -29,9 +31,9 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def mpi_job() -> Iterator[MpiJob]:
-    """Four processes, for what needs no death."""
+    """Four processes, and one more for each that some test kills."""
     path = Path(tempfile.mkdtemp(prefix="eep"))
-    job = MpiJob(4, path / "job")
+    job = MpiJob(4 + MPI_DEATHS, path / "job")
     yield job
     job.close()
     shutil.rmtree(path, ignore_errors=True)
@@ -60,7 +62,7 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
             world = World({r: LocalDispatcher() for r in range(num_ranks)}, {0: "local"})
         elif backend == "mpi":
             job = request.getfixturevalue("mpi_job")
-            remote = {r: RemoteDispatcher(job.processes[r].pipe, r, options) for r in range(num_ranks)}
+            remote = {r: RemoteDispatcher(one.pipe, r, options) for r, one in enumerate(job.living()[:num_ranks])}
             world = World(dict(remote), {r: d.address for r, d in remote.items()})
         elif backend == "cuda":
             capacity = Capacity(num_ranks, 24, 2, max_tokens=1024, top_k=8, hidden=1024, itemsize=4, max_replicas=32)

@@ -222,7 +222,7 @@ class _Process:
 
 
 class Ranks:
-    """Rank processes, started and told what to do by the test. With an MPI `job`, its processes take the seats, each only once."""
+    """Rank processes, started and told what to do by the test. With an MPI `job`, its processes take the seats."""
 
     def __init__(self, backend: str, folder: Path, options: dict[str, Any], job: MpiJob | None = None):
         folder.mkdir()
@@ -239,7 +239,8 @@ class Ranks:
         """A new process in a seat."""
         self._started += 1
         if self.job is not None:
-            one = self.job.processes[self._started - 1]
+            taken = {member.pipe for member in self.members.values()}
+            one = next(one for one in self.job.living() if one.pipe not in taken)
             self.members[rank] = _Process(one.process, one.pipe, "")
             self.tell(rank, "start", rank, self.options)
             self.members[rank].address = self.answer(rank)
@@ -299,6 +300,7 @@ class Ranks:
     def wait_dead(self, rank: int) -> None:
         member = self.members.pop(rank)
         member.process.join(ANSWER_S)
+        # mpirun is told how its child ended, we are not
         assert isinstance(member.process, MpiProcess) or member.process.exitcode == -signal.SIGKILL
         member.pipe.close()
 

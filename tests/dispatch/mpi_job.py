@@ -1,4 +1,4 @@
-"""MPI jobs for tests: `mpirun` with processes that wait for commands, one of which may take any seat of a mesh."""
+"""An MPI job for tests: `mpirun` with processes that wait for commands, any of which may take any seat of a mesh."""
 
 from __future__ import annotations
 
@@ -60,11 +60,17 @@ class MpiProcess:
     def wake(self) -> None:
         signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
+    def is_alive(self) -> bool:
+        return not self._has_ended(0)
+
     def join(self, timeout_s: float) -> None:
         """Raises AssertionError if it still lives then."""
+        assert self._has_ended(timeout_s), f"process {self.pid} of the MPI job still lives after {timeout_s} s"
+
+    def _has_ended(self, timeout_s: float) -> bool:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        assert poll.poll(timeout_s * 1e3), f"process {self.pid} of the MPI job still lives after {timeout_s} s"
+        return bool(poll.poll(timeout_s * 1e3))
 
     def close(self) -> None:
         os.close(self._pidfd)
@@ -116,6 +122,10 @@ class MpiJob:
         """What mpirun and the processes have written."""
         self._output.seek(0)
         return self._output.read().decode(errors="replace")
+
+    def living(self) -> list[Seatless]:
+        """Processes that have not ended, by place."""
+        return [one for _, one in sorted(self.processes.items()) if one.process.is_alive()]
 
     def close(self) -> None:
         """Kill what still runs; mpirun ends when its last process has."""

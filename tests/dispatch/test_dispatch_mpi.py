@@ -1,4 +1,4 @@
-"""Death and hang in a real MPI job. One job serves the whole file: a spare process takes the seat of each that dies."""
+"""Death and hang in a real MPI job: a spare process takes the seat of each that dies."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dispatch_processes import Fault, Ranks
@@ -33,23 +34,28 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
-def job() -> Iterator[Ranks]:
-    """Four seats, and a spare for each death in this file."""
+def seats(mpi_job: MpiJob) -> Iterator[Ranks]:
     folder = Path(tempfile.mkdtemp(prefix="eep"))
-    job = MpiJob(len(SEATS) + len(KILLS) + 3, folder / "job")
-    yield Ranks("mpi", folder / "ranks", {"grace_s": 0.5, "deadline_s": 10.0}, job)
-    job.close()
+    yield Ranks("mpi", folder / "ranks", {"grace_s": 0.5, "deadline_s": 10.0}, mpi_job)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def ranks(job: Ranks) -> Ranks:
-    """All seats taken and connected."""
+def ranks(seats: Ranks) -> Ranks:
+    """All seats taken and connected, each by a new dispatcher."""
     for seat in SEATS:
-        if seat not in job.members:
-            job.start(seat)
-    job.install(SEATS)
-    return job
+        if seat in seats.members:
+            restart(seats, seat, seats.options)
+        else:
+            seats.start(seat)
+    seats.install(SEATS)
+    return seats
+
+
+def restart(ranks: Ranks, seat: int, options: dict[str, Any]) -> None:
+    """Another dispatcher in the same process."""
+    ranks.tell(seat, "start", seat, options)
+    ranks.answer(seat)
 
 
 @pytest.mark.parametrize("fault", KILLS, ids=name_of)
@@ -64,21 +70,11 @@ def test_killed(ranks: Ranks, fault: Fault) -> None:
     ranks.check_steps([0, 1, 3], 20)
 
 
-def test_two_killed_at_once(ranks: Ranks) -> None:
-    reports = ranks.run(SEATS, faults={0: Fault("before_dispatch"), 3: Fault("before_dispatch")})
-    check_named(reports, {0: FailureKind.CLOSED, 3: FailureKind.CLOSED})
-    ranks.wait_dead(0)
-    ranks.wait_dead(3)
-    ranks.install([1, 2])
-    ranks.check_steps([1, 2], 20)
-
-
 @pytest.mark.parametrize("point", ["before_dispatch", "before_combine"])
 def test_stopped_is_named_at_the_deadline_and_changes_nothing_when_it_wakes(ranks: Ranks, point: str) -> None:
     """Woken, it finds itself dropped; named again, it serves again."""
     for seat in SEATS:
-        ranks.tell(seat, "start", seat, {"deadline_s": DEADLINE_S})
-        ranks.answer(seat)
+        restart(ranks, seat, {"deadline_s": DEADLINE_S})
     ranks.install(SEATS)
     reports = ranks.run(SEATS, faults={1: Fault(point, signal=signal.SIGSTOP)}, **BIG)
     try:
@@ -92,21 +88,7 @@ def test_stopped_is_named_at_the_deadline_and_changes_nothing_when_it_wakes(rank
     assert woken.outcome == PeerFailed(dict.fromkeys([0, 2, 3], FailureKind.CLOSED))
     ranks.check_steps([0, 2, 3], 20)
     ranks.install(SEATS)
-    ranks.check_steps(SEATS, 10, **BIG)
-
-
-def test_a_dead_process_is_named_by_connect(ranks: Ranks) -> None:
-    """As soon as MPI knows of the death, not at the deadline."""
-    ranks.install([0, 1, 2])
-    address = ranks.members[3].address
-    ranks.members[3].process.kill()
-    ranks.wait_dead(3)
-    peers = {r: m.address for r, m in ranks.members.items()} | {3: address}
-    for seat in (0, 1, 2):
-        ranks.tell(seat, "connect", peers, CONNECT_S)
-    begin = time.monotonic()
-    assert {r: ranks.answer(r) for r in (0, 1, 2)} == dict.fromkeys((0, 1, 2), PeerFailed({3: FailureKind.CLOSED}))
-    assert time.monotonic() - begin < CONNECT_S / 2
+    ranks.check_steps(SEATS, 3, **BIG)
 
 
 def test_a_process_that_does_not_exist_or_two_ranks_in_one_are_refused(ranks: Ranks) -> None:
@@ -120,3 +102,23 @@ def test_without_mpi_the_message_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(InvalidInputError, match=r"pip install 'elastic-ep\[mpi\]'"):
         MpiDispatcher(0).listen()
+
+
+def test_two_killed_at_once_then_one_that_nobody_waits_for(ranks: Ranks) -> None:
+    """`connect` names a dead process as soon as MPI knows of its death, not at the deadline."""
+    reports = ranks.run(SEATS, faults={0: Fault("before_dispatch"), 3: Fault("before_dispatch")})
+    check_named(reports, {0: FailureKind.CLOSED, 3: FailureKind.CLOSED})
+    ranks.wait_dead(0)
+    ranks.wait_dead(3)
+    ranks.install([1, 2])
+    ranks.check_steps([1, 2], 20)
+    ranks.install([1])
+    peers = {r: ranks.members[r].address for r in (1, 2)}
+    ranks.members[2].process.kill()
+    ranks.wait_dead(2)
+    begin = time.monotonic()
+    ranks.tell(1, "connect", peers, CONNECT_S)
+    assert ranks.answer(1) == PeerFailed({2: FailureKind.CLOSED})
+    assert time.monotonic() - begin < CONNECT_S / 2
+    ranks.install([1])
+    ranks.check_steps([1], 20)

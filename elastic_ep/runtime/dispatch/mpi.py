@@ -113,6 +113,7 @@ class MpiDispatcher:
         for link in self._links.values():
             if places.get(link.seat) != link.place:
                 self._drop(link)
+            link.free_sent()
         self._peers = {seat: self._links.setdefault(place, Link(self._mpi, self._comm, place, self.rank)) for seat, place in places.items()}
         failed: dict[int, FailureKind] = {}
         idle = 0

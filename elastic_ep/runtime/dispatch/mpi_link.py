@@ -114,6 +114,15 @@ class Link:
                 self.give_back("out", message)
         return True
 
+    def free_sent(self) -> None:
+        """Let go of what has left by now, or never will because its receiver is dead."""
+        while self._outgoing:
+            try:
+                if not self.is_sent():
+                    return
+            except LinkGone:
+                continue
+
     def read(self, floor: FrameKey) -> bool:
         """Take the next message, if there is one: a notice is obeyed, a frame of `floor` or later held.
 
