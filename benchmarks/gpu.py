@@ -32,6 +32,8 @@ def why_not() -> str | None:
 
 def plain(value: Any) -> Any:
     """Keys of several parts joined, for JSON."""
+    if isinstance(value, list):
+        return list(map(plain, value))
     if isinstance(value, dict):
         return {" ".join(map(str, k)) if isinstance(k, tuple) else str(k): plain(v) for k, v in value.items()}
     return value

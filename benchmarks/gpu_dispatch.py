@@ -6,8 +6,9 @@ cross the GPU's memory on any path: a rank's tokens read and its sums written on
 read once.
 
 Ranks are placed three ways: `mps`, processes that run at the same time through NVIDIA's multi-process service (started and ended here,
-if the machine has it); `streams`, all ranks in one process; `slices`, processes as the driver shares a GPU by default, one after the
-other. Beside it runs torch's own gather and weighted sum over the same rows in one process, which exchanges nothing.
+if the machine has it), also with two ranks; `streams`, all ranks in one process; `slices`, processes as the driver shares a GPU by
+default, one after the other. Beside it runs torch's own gather and weighted sum over the same rows in one process, which exchanges
+nothing.
 
     python benchmarks/gpu.py
 """
@@ -21,7 +22,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-import time
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,9 +155,11 @@ def fill(sides: list[Side]) -> None:
 # ---- ranks as processes
 
 
-def rank_main(rank: int, folder: str, repeats: int, sizes: tuple[int, ...], level: Any, results: Any) -> None:
+def rank_main(rank: int, num_ranks: int, folder: str, repeats: int, sizes: tuple[int, ...], level: Any, results: Any) -> None:
     """Plain and with a masked seat, in turns; (name, tokens, rank, us per layer of each repetition) to `results`."""
-    sides = {"plain": Side(rank, RANKS, RANKS, folder), "masked": Side(rank, RANKS, RANKS + 1, folder)}
+    torch.zeros(1, device="cuda")
+    results.put(rank)
+    sides = {"plain": Side(rank, num_ranks, num_ranks, folder), "masked": Side(rank, num_ranks, num_ranks + 1, folder)}
     for side in sides.values():
         side.connect()
     fill(list(sides.values()))
@@ -181,16 +184,18 @@ def rank_main(rank: int, folder: str, repeats: int, sizes: tuple[int, ...], leve
         side.dispatcher.close()
 
 
-def run_processes(folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS) -> dict[tuple[str, int], float]:
+def run_processes(num_ranks: int, folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS) -> dict[tuple[str, int], float]:
     """(name, tokens) -> us per layer, the slowest rank's median."""
     context = multiprocessing.get_context("spawn")
-    results, level = context.Queue(), context.Barrier(RANKS)
-    ranks = [context.Process(target=rank_main, args=(r, folder, repeats, sizes, level, results), daemon=True) for r in range(RANKS)]
+    results, level = context.Queue(), context.Barrier(num_ranks)
+    shared = (num_ranks, folder, repeats, sizes, level, results)
+    ranks = [context.Process(target=rank_main, args=(r, *shared), daemon=True) for r in range(num_ranks)]
     try:
         for process in ranks:
             process.start()
+            next_result(results, ranks)
         found: dict[tuple[str, int], float] = {}
-        for _ in range(2 * RANKS * len(sizes)):
+        for _ in range(2 * num_ranks * len(sizes)):
             name, tokens, _, values = next_result(results, ranks)
             found[name, tokens] = max(found.get((name, tokens), 0.0), statistics.median(values))
         for process in ranks:
@@ -208,7 +213,7 @@ def next_result(results: Any, ranks: list[Any]) -> Any:
         try:
             return results.get(timeout=1)
         except queue.Empty:
-            if any(process.exitcode for process in ranks):
+            if any(process.exitcode for process in ranks if process.pid):
                 break
     raise RuntimeError(f"ranks ended with exit codes {[process.exitcode for process in ranks]}")
 
@@ -220,16 +225,17 @@ def multi_process_service(folder: str) -> Iterator[bool]:
     if daemon is None:
         yield False
         return
-    pipes = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/mps", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/mps-log"}
-    for path in pipes.values():
-        os.mkdir(path)
+    place = tempfile.mkdtemp(prefix="mps", dir=folder)
+    pipes = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
+    before = dict(os.environ)
     os.environ.update(pipes)
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # queues are counted over all its clients
     try:
         yield subprocess.run([daemon, "-d"], check=False, timeout=30, capture_output=True).returncode == 0
     finally:
         subprocess.run([daemon], input="quit\n", text=True, check=False, timeout=60, capture_output=True)
-        for name in pipes:
-            del os.environ[name]
+        os.environ.clear()
+        os.environ.update(before)
 
 
 # ---- ranks as streams of one process
@@ -243,13 +249,11 @@ def in_own_process(call: Callable[..., Any], *args: Any) -> Any:
 
 
 def run_streams(folder: str, repeats: int) -> dict[tuple[str, int], float]:
-    import threading
-
     worlds = {
         "plain": [Side(r, RANKS, RANKS, folder) for r in range(RANKS)],
         "masked": [Side(r, RANKS, RANKS + 1, folder) for r in range(RANKS)],
-        "one rank, one kernel": [Side(0, 1, 1, folder, split=False)],
-        "one rank, split": [Side(0, 1, 2, folder, split=True)],
+        "one rank alone": [Side(0, 1, 1, folder)],
+        "one rank alone, split": [Side(0, 1, 2, folder, split=True)],
     }
     for sides in worlds.values():
         threads = [threading.Thread(target=side.connect) for side in sides]
@@ -273,12 +277,6 @@ def run_streams(folder: str, repeats: int) -> dict[tuple[str, int], float]:
                 if repeat >= 2:
                     times[name].append(max(map(layer_us, events)))
         found.update({(name, tokens): statistics.median(values) for name, values in times.items()})
-    begin = time.perf_counter()
-    side = worlds["one rank, split"][0]
-    for _ in range(200):
-        side.enqueue()
-    found["host us per eager layer and graph launch", 0] = (time.perf_counter() - begin) / 200 * 1e6
-    side.wait()
     for sides in worlds.values():
         for side in sides:
             side.dispatcher.close()
@@ -328,35 +326,43 @@ def run_ceiling() -> dict[str, Any]:
 def run(repeats: int = 40) -> dict[str, Any]:
     """Everything; see `print_report`."""
     folder = tempfile.mkdtemp(prefix="eepgpu")
-    report: dict[str, Any] = {"ranks": RANKS, "hidden": HIDDEN, "top_k": TOP_K, "experts": EXPERTS, "layers": LAYERS}
+    report: dict[str, Any] = {"hidden": HIDDEN, "top_k": TOP_K, "experts": EXPERTS, "layers": LAYERS, "modes": []}
     try:
         report |= in_own_process(run_ceiling)
         in_own_process(build, folder)
-        begin = time.monotonic()
-        for mode, measure in (("mps", run_with_service), ("streams", run_in_one_process), ("slices", run_sliced)):
+        for (mode, num_ranks), measure in MODES.items():
             try:
-                report[mode] = measure(folder, repeats)
+                report["modes"].append({"mode": mode, "ranks": num_ranks, "us": measure(num_ranks, folder, repeats)})
             except Exception as error:
                 traceback.print_exc()
-                report[mode] = {}
-                report[f"{mode} failed"] = repr(error)
-        report["seconds"] = time.monotonic() - begin
+                report["modes"].append({"mode": mode, "ranks": num_ranks, "us": {}, "failed": f"{type(error).__name__}: {error}"})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
-def run_with_service(folder: str, repeats: int) -> dict[tuple[str, int], float]:
+def run_with_service(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int], float]:
     with multi_process_service(folder) as there:
-        return run_processes(folder, repeats) if there else {}
+        if not there:
+            raise RuntimeError("nvidia-cuda-mps-control is not here or does not start")
+        return run_processes(num_ranks, folder, repeats)
 
 
-def run_in_one_process(folder: str, repeats: int) -> dict[tuple[str, int], float]:
+def run_in_one_process(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    assert num_ranks == RANKS
     return in_own_process(run_streams, folder, repeats)
 
 
-def run_sliced(folder: str, repeats: int) -> dict[tuple[str, int], float]:
-    return run_processes(folder, 3, (8, 512))
+def run_sliced(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    return run_processes(num_ranks, folder, 3, (8, 512))
+
+
+MODES = {
+    ("mps", RANKS): run_with_service,
+    ("mps", 2): run_with_service,
+    ("streams", RANKS): run_in_one_process,
+    ("slices", RANKS): run_sliced,
+}
 
 
 def build(folder: str) -> None:
@@ -365,25 +371,24 @@ def build(folder: str) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     print(
-        f"dispatch + combine, {RANKS} ranks on one {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16\n"
+        f"dispatch + combine, ranks on one {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16\n"
         f"copy bandwidth {report['bytes_per_s'] / 1e12:.2f} TB/s read + written; host synchronisations per step: 0 (one graph per step)"
     )
-    print(f"{'ranks as':>10} {'tokens':>7} {'us':>9} {'floor us':>9} {'x floor':>8} {'masked us':>10} {'mask costs':>11} {'torch us':>9}")
-    for name in ("mps", "streams", "slices"):
-        for tokens in TOKENS:
-            plain = report[name].get(("plain", tokens))
-            if plain is None:
+    print(f"{'ranks':>5} {'as':>8} {'tokens':>7} {'us':>9} {'floor us':>9} {'x floor':>9} {'masked us':>10} {'mask costs':>11}")
+    for row in report["modes"]:
+        if "failed" in row:
+            print(f"{row['ranks']:>5} {row['mode']:>8} not measured: {row['failed']}")
+        for (name, tokens), us in row["us"].items():
+            if name != "plain":
                 continue
-            floor = floor_bytes(RANKS, tokens) / report["bytes_per_s"] * 1e6
-            masked = report[name]["masked", tokens]
+            floor = floor_bytes(row["ranks"], tokens) / report["bytes_per_s"] * 1e6
+            masked = row["us"]["masked", tokens]
             print(
-                f"{name:>10} {tokens:>7} {plain:>9.1f} {floor:>9.1f} {plain / floor:>7.2f}x {masked:>10.1f} {masked - plain:>+11.2f} "
-                f"{report['torch_us'][tokens]:>9.1f}"
+                f"{row['ranks']:>5} {row['mode']:>8} {tokens:>7} {us:>9.1f} {floor:>9.1f} {us / floor:>8.2f}x "
+                f"{masked:>10.1f} {masked - us:>+11.2f}"
             )
-    if not report["streams"]:
-        return
-    for tokens in TOKENS:
-        alone, split = (report["streams"][f"one rank, {how}", tokens] for how in ("one kernel", "split"))
-        print(f"one rank alone, {tokens} tokens: one kernel per direction {alone:.1f} us, split {split:.1f} us")
-    (host,) = (value for (name, _), value in report["streams"].items() if name.startswith("host"))
-    print(f"host time to enqueue one layer and one graph: {host:.0f} us")
+        for (name, tokens), us in row["us"].items():
+            if name.startswith("one rank"):
+                print(f"{name}, {tokens} tokens: {us:.1f} us")
+    for tokens, us in report["torch_us"].items():
+        print(f"torch gather and weighted sum, the tokens of {RANKS} ranks in one process, {tokens} tokens per rank: {us:.1f} us")

@@ -12,6 +12,7 @@ from pathlib import Path
 from elastic_ep.core.errors import InvalidInputError
 
 SOURCE = Path(__file__).with_name("kernels.cu")
+HEADERS = tuple(SOURCE.with_name(f"{name}.cuh") for name in ("common", "dispatch", "combine"))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC")
 _COMPILE_S = 300.0
 
@@ -28,7 +29,7 @@ def build_kernels(capability: tuple[int, int], cache: Path) -> Path:
     Raises InvalidInputError without a compiler, or with the compiler's words if it fails.
     """
     flags = (*FLAGS, f"-arch=sm_{capability[0]}{capability[1]}")
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(flags).encode()).hexdigest()[:20]
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS)) + " ".join(flags).encode()).hexdigest()[:20]
     target = cache / f"dispatch-{name}.so"
     if target.exists():
         return target

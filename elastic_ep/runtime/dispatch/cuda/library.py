@@ -98,11 +98,6 @@ class Library:
     def close(self, pointer: int) -> None:
         self._check("unmapping a peer's GPU memory", self._lib.eep_close(ctypes.c_void_p(pointer)))
 
-    def copy(self, to: int, source: int, num_bytes: int, stream: int) -> None:
-        """Enqueue a copy between any two kinds of memory."""
-        error = self._lib.eep_copy(ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(num_bytes), ctypes.c_void_p(stream))
-        self._check("copying", error)
-
     def prepare(self, args: Args, stream: int) -> None:
         """Load all kernels; `args` has the largest sizes."""
         self._check("loading the kernels", self._lib.eep_prepare(ctypes.byref(args), ctypes.c_void_p(stream)))
