@@ -155,7 +155,7 @@ class Brain:
             case InstallFailed() as failed:
                 epochs.on_install_failed(state, seat, failed, now)
             case Staged() as staged:
-                changes.on_staged(state, seat, staged)
+                changes.on_staged(state, seat, staged, now)
             case StageFailed() as failed:
                 changes.on_stage_failed(state, seat, failed, now)
             case DenseLoaded():

@@ -95,13 +95,14 @@ def _stage(state: BrainState, change: Change, plan: GroupPlan, now: float) -> No
     orders = dict.fromkeys(members_then, ()) | epochs.load_orders(state, plan)
     ahead = epochs.install_of(state, state.membership.epoch + 1, change.active, plan)
     change.pending = set(orders)
+    change.staging_since = now
     rate, weights = state.settings.stage_bytes_per_s, {r: state.seats[r].weights_address for r in state.membership.ranks}
     change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
     state.between_steps += [Send(rank, Stage(change.number, loads, rate, weights, ahead)) for rank, loads in orders.items()]
     state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(plan.loads))
 
 
-def on_staged(state: BrainState, seat: Seat, message: Staged) -> None:
+def on_staged(state: BrainState, seat: Seat, message: Staged, now: float) -> None:
     change = state.change
     if change is None or message.change != change.number:
         return
@@ -109,6 +110,7 @@ def on_staged(state: BrainState, seat: Seat, message: Staged) -> None:
     change.bytes_read.update(message.bytes_read)
     change.pending.discard(seat.rank)
     change.is_due = not change.pending
+    change.staged_after_s = now - change.staging_since
 
 
 def on_stage_failed(state: BrainState, seat: Seat, message: StageFailed, now: float) -> None:
@@ -149,6 +151,7 @@ def switch(state: BrainState, now: float) -> None:
     state.record.epoch, state.record.agreed, state.record.planned = state.membership.epoch, now, now
     state.record.reason = change.plan.reason
     state.record.bytes_moved.update(change.bytes_read)
+    state.record.stage_ms = change.staged_after_s * 1e3
     state.plan = change.plan
     reason = f"{change.kind.value} of ranks {ranks}, {len(change.plan.loads)} experts staged"
     state.group.apply(Trigger.CHANGE_STAGED, now=now, epoch=state.membership.epoch, reason=reason)

@@ -170,6 +170,8 @@ def on_seat_lost(state: BrainState, rank: int, now: float) -> None:
         short = _slots_refusal(state, operation.leavers) if operation.leavers else None
         if short is not None:
             _finish(state, OperationState.FAILED, f"rank {rank} failed, and {short}", now)
+        elif rank in operation.joiners and not state.settings.restart:
+            _finish(state, OperationState.FAILED, f"rank {rank} failed while it joined, and is not started again; the others stay", now)
         return
     reason = f"rank {rank} failed before it was a member: {state.seats[rank].failure}"
     for joiner in operation.joiners:

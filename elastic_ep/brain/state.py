@@ -69,6 +69,8 @@ class Change:
     leavers: tuple[int, ...]
     active: tuple[int, ...]
     started: float
+    staging_since: float = 0.0
+    staged_after_s: float = 0.0
     deadline: float | None = None
     plan: GroupPlan | None = None
     pending: set[int] = field(default_factory=set)

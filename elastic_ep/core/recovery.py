@@ -139,6 +139,8 @@ class RecoveryRecord:
     tier: Tier = Tier.MASK
     experts_lost: int = 0
     bytes_moved: dict[str, int] = field(default_factory=lambda: {"peer": 0, "host": 0, "checkpoint": 0})
+    stage_ms: float = 0.0
+    """of a planned change: how long its experts were on their way while the group served"""
     rank_move_ms: float = 0.0
     """the slowest rank's own part of the move phase, by its own clock"""
     reason: str = ""
@@ -164,6 +166,7 @@ class RecoveryRecord:
             "tier": int(self.tier),
             **dict(zip(names, spans, strict=True)),
             "stall_ms": stall,
+            "stage_ms": round(self.stage_ms, 3),
             "rank_move_ms": round(self.rank_move_ms, 3),
             "experts_lost": self.experts_lost,
             "bytes_moved": dict(self.bytes_moved),

@@ -41,10 +41,15 @@ def next_token(prefix: list[int]) -> int:
 class World:
     """Ranks that keep KV as lists of tokens and compute `next_token`. Whoever is in `mute` says nothing; whoever is `wedged` only beats."""
 
-    def __init__(self, ep_size=4, num_experts=8, slots_per_rank=3, num_layers=2, stream=True, **settings):
+    def __init__(self, ep_size=4, num_experts=8, slots_per_rank=3, num_layers=2, stream=True, staging_slots=1024, **settings):
         limits = settings.pop("limits", SchedulerLimits(kv_tokens=1000, max_sequences=8, max_batch_tokens=16, prefill_chunk=4))
         self.settings = BrainSettings(
-            Topology((slots_per_rank,) * ep_size), num_layers, 1000, PlanSettings(num_experts, stream), limits, **settings
+            Topology((slots_per_rank,) * ep_size),
+            num_layers,
+            1000,
+            PlanSettings(num_experts, stream, staging_slots=staging_slots),
+            limits,
+            **settings,
         )
         self.now = 0.0
         self.brain = Brain(self.settings, self.now)
@@ -94,12 +99,13 @@ class World:
 
     def make_plan(self, command: ev.MakePlan) -> ev.Planned:
         try:
+            state = self.brain.state
             solve = planner.plan if command.change is None else planner.plan_change
-            plans = solve(self.settings.plan, self.brain.state.topology, command.active, self.brain.state.contents.experts)
+            plans = solve(self.settings.plan, state.topology, command.active, state.contents.experts, state.load.recent())
         except InsufficientSlotsError as error:
             return ev.Planned(command.epoch, None, str(error), command.change)
         plan, *then = plans if isinstance(plans, tuple) else (plans,)
-        self.plans.append(plan)
+        self.plans += [plan, *then]
         return ev.Planned(command.epoch, plan, change=command.change, then=tuple(then))
 
     def restarted(self, rank: int, incarnation: int) -> None:

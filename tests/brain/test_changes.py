@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+
 from elastic_ep.brain import events as ev
 from elastic_ep.brain.messages import Install, RunStep, Stage, Staged, StageFailed
+from elastic_ep.core.quotas import rank_loads
 from elastic_ep.core.recovery import Phase
 from tests.brain.harness import World, expected
 from tests.brain.test_brain import PROMPTS, check_all, serve_all
@@ -233,3 +236,68 @@ def test_background_reading_that_hangs_costs_its_rank():
 
 def test_expected_is_not_trivial():
     assert expected([1], 3) != expected([2], 3)
+
+
+def report_load(world: World, hot: int) -> None:
+    """Every rank reports that `hot` was asked for nine times as often as each other expert."""
+    shape = (world.settings.num_layers, world.settings.plan.num_experts)
+    counts = np.full(shape, 100, dtype="<u4")
+    counts[:, hot] = 900
+    for _ in range(4):
+        world.brain.state.load.add(counts.tobytes(), world.now)
+
+
+def test_a_skewed_load_is_rebalanced_once():
+    world = World(rebalance_interval_s=10.0, load_window_s=1.0).boot()
+    state = world.brain.state
+    even = state.plan.placement.logical_replica_count.copy()
+    serve_all(world, 40)
+    world.settle()
+    world.pass_time(10.5)
+    world.settle()
+    assert not state.recoveries, "nothing was recorded: nothing to do"
+    report_load(world, 5)
+    world.pass_time(10.0)
+    world.settle()
+    world.pass_time(1.0)
+    rounds = len(state.recoveries)
+    assert {record.kind for record in state.recoveries} == {"rebalance"}
+    count = state.plan.placement.logical_replica_count
+    assert (count[:, 5] > even[:, 5]).all()
+    assert (count >= 1).all()
+    loads = rank_loads(state.load.recent(), state.plan.placement, state.topology, state.plan.quotas)
+    assert (loads.mean(axis=1) / loads.max(axis=1) > 0.95).all()
+    world.pass_time(25.0)
+    world.settle()
+    assert len(state.recoveries) == rounds, "the same load again is worth no move"
+
+
+def test_a_small_gain_is_not_worth_its_moves():
+    world = World(rebalance_interval_s=10.0, rebalance_min_gain=50.0).boot()
+    report_load(world, 5)
+    world.pass_time(11.0)
+    world.settle()
+    assert not world.brain.state.recoveries
+    skipped = [c.data for c in world.commands if isinstance(c, ev.Publish) and c.kind == "rebalance_skipped"]
+    assert skipped
+    assert skipped[0]["needed"] == 50.0
+
+
+def test_a_change_in_several_rounds_leaves_no_expert_out():
+    """One staging slot per rank: a rejoin takes many rounds, steps run between them, and every expert can be had in each."""
+    world = restarting_world(staging_slots=1)
+    serve_all(world, 200)
+    world.kill(2)
+    world.settle_until(lambda: len(world.received["r0"]) > 3)
+    world.pass_time(0.6)
+    world.settle()
+    check_all(world, 200)
+    state = world.brain.state
+    rounds = [record for record in state.recoveries if record.kind == "rejoin"]
+    assert len(rounds) > 2
+    assert state.membership.ranks == (0, 1, 2, 3)
+    for plan in world.plans:
+        missing = set(plan.placement.missing_experts())
+        assert missing == set(plan.streamed)
+    assert not state.plan.streamed
+    assert not state.contents.mismatches(state.plan.placement)
