@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from elastic_ep.sim import predicates
 from elastic_ep.sim.predicates import Violation
 from elastic_ep.sim.schedule import Schedule
-from elastic_ep.sim.world import World
+from elastic_ep.sim.world import LivelockError, World
 
 PATIENCE_S = 60.0
 MAX_EVENTS = 60_000
@@ -43,6 +43,8 @@ def run(schedule: Schedule, *, with_trace: bool = False) -> Outcome:
         drive(world)
     except Violation as violation:
         predicate, what = violation.predicate, violation.what
+    except LivelockError as error:
+        predicate, what = "bounded_waits", str(error)
     except Exception as error:
         predicate, what = "any_rank_may_die", f"the controller failed: {type(error).__name__}: {error}"
         if with_trace:

@@ -24,6 +24,11 @@ from elastic_ep.sim.schedule import MAX_WAIT, Fault, Order, Request, Schedule
 from elastic_ep.sim.timeline import Timeline
 
 LATENCY_S = 0.0002
+MAX_AT_ONCE = 2000
+
+
+class LivelockError(Exception):
+    """The brain keeps itself busy without any time passing."""
 
 
 @dataclass
@@ -198,7 +203,11 @@ class World:
         if self._busy or self.stopped is not None:
             return
         self._busy = True
+        rounds = 0
         while self._queue and self.stopped is None:
+            rounds += 1
+            if rounds > MAX_AT_ONCE:
+                raise LivelockError(f"{rounds} events in one moment, the last: {planning.describe(self._queue[0], [])}")
             event = self._queue.popleft()
             before = planning.fingerprint_of_the_dead(self.brain, event)
             commands = self.brain.handle(event, self.timeline.now)

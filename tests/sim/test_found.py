@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from elastic_ep.brain import steps
 from elastic_ep.sim.check import run
-from elastic_ep.sim.schedule import Fault, FaultKind, Schedule
+from elastic_ep.sim.schedule import Fault, FaultKind, Order, Request, Schedule
+
+PLAIN = Schedule(
+    seed=42,
+    ep_size=3,
+    slots_per_rank=3,
+    num_layers=1,
+    num_experts=6,
+    stream=True,
+    restart=True,
+    is_local=True,
+    loss=0.0,
+    plan_s=0.0,
+    staging_slots=1024,
+    read_s=0.002,
+    rebalance_s=0.0,
+    requests=(),
+    orders=(),
+    faults=(),
+)
+LONG = tuple(Request(0, (seed, 2, 3), 30) for seed in range(6))
 
 
-def an_idle_group() -> Schedule:
-    """Of seed 42 when it was found: the group is idle while one of two ranks dies."""
-    return Schedule(
-        seed=42,
-        ep_size=2,
-        slots_per_rank=4,
-        num_layers=1,
-        num_experts=6,
-        stream=True,
-        restart=True,
-        is_local=True,
-        loss=0.0,
-        plan_s=0.0,
-        staging_slots=1024,
-        read_s=0.002,
-        rebalance_s=0.0,
-        requests=(),
-        orders=(),
-        faults=(Fault(90, FaultKind.CRASH, 1), Fault(200, FaultKind.CRASH, 1)),
-    )
+def keeps_all_promises(schedule: Schedule, seeds: int = 12) -> None:
+    for seed in range(seeds):
+        outcome = run(replace(schedule, seed=seed))
+        assert not outcome.predicate, outcome
+
+
+IDLE = replace(PLAIN, ep_size=2, slots_per_rank=4, faults=(Fault(90, FaultKind.CRASH, 1), Fault(200, FaultKind.CRASH, 1)))
 
 
 def test_an_idle_group_restores_redundancy_at_once():
-    """The change that follows a recovery began only with the next event, whichever that was: here a late word of the dead process."""
-    outcome = run(an_idle_group())
+    """The change that follows a recovery began only with the next event, whichever that was: a late word of the dead process."""
+    outcome = run(IDLE)
     assert not outcome.predicate, outcome
     assert outcome.epochs > 2
 
 
-def test_that_it_would_be_found_again(monkeypatch):
+def test_that_an_idle_group_would_be_found_again(monkeypatch):
     real, depth = steps.run_step, []
 
     def run_step(state, now):
@@ -46,5 +55,29 @@ def test_that_it_would_be_found_again(monkeypatch):
             depth.clear()
 
     monkeypatch.setattr(steps, "run_step", run_step)
-    outcome = run(an_idle_group())
-    assert outcome.predicate == "bounded_waits", outcome
+    assert run(IDLE).predicate == "bounded_waits"
+
+
+def test_a_drained_rank_is_slow_to_end_and_its_requests_do_not_wait_for_it():
+    """Its requests moved only once its process was gone; a step planned before that met a home that was no member: KeyError."""
+    keeps_all_promises(replace(PLAIN, requests=LONG, orders=(Order(60, True, 1, "move"),)))
+
+
+def test_the_others_die_while_a_rank_is_being_drained():
+    """The drain was tried with no member left to stay: the planner raised, and the controller with it."""
+    schedule = replace(PLAIN, ep_size=2, requests=LONG, orders=(Order(60, True, 0, "finish"),))
+    for restart in (True, False):
+        keeps_all_promises(replace(schedule, restart=restart, faults=(Fault(70, FaultKind.CRASH, 1),)))
+
+
+def test_a_drain_that_no_longer_leaves_enough_slots():
+    """With --when-short refuse no plan was possible, and one was asked for again and again, at full speed, for ever."""
+    schedule = replace(PLAIN, slots_per_rank=2, num_experts=4, stream=False, restart=False, requests=LONG[:3])
+    keeps_all_promises(replace(schedule, orders=(Order(60, True, 0, "finish"),), faults=(Fault(80, FaultKind.CRASH, 2),)))
+
+
+def test_a_joiner_fails_in_the_switch_that_lets_it_in():
+    """With --restart never the operation ran for ever, and no other could be begun."""
+    schedule = replace(PLAIN, ep_size=1, slots_per_rank=1, num_experts=3, restart=False, orders=(Order(60, False, 3, "move"),))
+    for kind in (FaultKind.CRASH, FaultKind.UNKILLABLE):
+        keeps_all_promises(replace(schedule, faults=(Fault(62, kind, 2, phase="installing"),)))
