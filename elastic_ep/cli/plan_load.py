@@ -76,7 +76,9 @@ def read_load(path: str) -> NDArray[np.float64]:
         raise InvalidInputError(f"load file {path!r} ends in {file.suffix!r}; known are {', '.join(readers)}")
     try:
         content = reader(file)
-    except (OSError, ValueError, EOFError) as error:
+    except InvalidInputError:
+        raise
+    except Exception as error:  # the parsers of other libraries raise whatever comes to mind for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidInputError(f"cannot read load file {path!r}: {reason}") from error
     return as_load(_unwrap(content, path))

@@ -13,12 +13,18 @@ GENERATORS = ("uniform", "lognormal", "zipf", "bursty")
 
 
 def as_array(values: Any) -> NDArray[Any]:
-    """A NumPy array of whatever was given: nested lists, arrays, or a tensor (on any device, with or without gradient)."""
+    """A NumPy array of whatever was given: nested lists, arrays, or a tensor (on any device, with or without gradient).
+
+    Raises InvalidInputError for lists of different lengths.
+    """
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         if not hasattr(values, "__array__") or "bfloat16" in str(getattr(values, "dtype", "")):
             values = values.float()
-    return np.asarray(values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise InvalidInputError(f"expert load is no array: {error}; give [layers, experts], all layers with as many experts") from None
 
 
 def as_load(load: Any) -> NDArray[np.float64]:

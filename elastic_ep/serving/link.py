@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import cast
 
 from elastic_ep.brain.messages import ControllerMessage, Hello, RankMessage, StartOver
-from elastic_ep.runtime.control.wire import MessageBuffer, WireError, encode
+from elastic_ep.runtime.control.wire import MAX_MESSAGE_BYTES, MessageBuffer, WireError, encode
 
 log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
+MAX_HELLO_BYTES = 1 << 16
+"""the longest message of somebody who has not shown the token"""
 
 
 class RankLink(asyncio.Protocol):
@@ -30,7 +32,7 @@ class RankLink(asyncio.Protocol):
         self._on_hello = on_hello
         self._on_message = on_message
         self._on_closed = on_closed
-        self._buffer = MessageBuffer()
+        self._buffer = MessageBuffer(MAX_HELLO_BYTES)
         self._transport: asyncio.Transport | None = None
         self._hello_timer: asyncio.TimerHandle | None = None
         self.hello: Hello | None = None
@@ -49,8 +51,9 @@ class RankLink(asyncio.Protocol):
         for message in messages:
             if self.hello is not None:
                 self._on_message(self, message)
-            elif isinstance(message, Hello) and hmac.compare_digest(message.token, self._token):
+            elif isinstance(message, Hello) and hmac.compare_digest(message.token.encode(), self._token.encode()):
                 self.hello = message
+                self._buffer.max_bytes = MAX_MESSAGE_BYTES
                 if self._hello_timer:
                     self._hello_timer.cancel()
                 self._on_hello(self, message)

@@ -95,7 +95,7 @@ def faults_of(cell: Cell, homes: Sequence[int], rng: random.Random) -> list[dict
     if cell.point in IN_PEER:
         first = [fault(bystanders[0], "step_begin", nth=2)]
         # whichever rank is asked: who is, is the transfer plan's choice
-        served = [fault(-1, cell.point, cell.action, nth=1 + i, after=0) for i, _ in enumerate(victims)]
+        served = [fault(-1, cell.point, cell.action, after=0) for _ in victims]
         return first + served + ([fault(bystanders[1], "step_begin", after=1)] if nested else [])
     first = [fault(v, "step_begin", nth=2) for v in victims]
     joiners = [fault(v, cell.point, cell.action, after=i) for i, v in enumerate(victims)]

@@ -46,11 +46,11 @@ def encode(message: Any) -> bytes:
     return _HEADER.pack(len(body), _KIND_OF[type(message)]) + body
 
 
-def parse_header(header: bytes | bytearray | memoryview) -> tuple[int, int]:
+def parse_header(header: bytes | bytearray | memoryview, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[int, int]:
     """(body bytes, kind). Raises WireError before anything is allocated for a length or kind that cannot be."""
     length, kind = _HEADER.unpack_from(header)
-    if length > MAX_MESSAGE_BYTES or kind >= len(_KINDS):
-        limits = f"kinds end at {len(_KINDS) - 1}, the limit is {MAX_MESSAGE_BYTES} bytes"
+    if length > max_bytes or kind >= len(_KINDS):
+        limits = f"kinds end at {len(_KINDS) - 1}, the limit is {max_bytes} bytes"
         raise WireError(f"control message of kind {kind} and {length} bytes; {limits}")
     return length, kind
 
@@ -59,14 +59,15 @@ def decode(kind: int, body: bytes | bytearray | memoryview) -> Any:
     """One message. Raises WireError if the body is not what its kind says."""
     try:
         return _DECODERS[kind].decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"control message {_KINDS[kind].__name__}: {error}") from None
 
 
 class MessageBuffer:
-    """Cuts a byte stream into messages (the controller's side)."""
+    """Cuts a byte stream into messages (the controller's side). `max_bytes`, which may be changed, is the longest that it takes."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.max_bytes = max_bytes
         self._data = bytearray()
 
     def feed(self, data: bytes) -> list[Any]:
@@ -74,7 +75,7 @@ class MessageBuffer:
         self._data += data
         out, at = [], 0
         while len(self._data) - at >= HEADER_BYTES:
-            length, kind = parse_header(memoryview(self._data)[at : at + HEADER_BYTES].tobytes())
+            length, kind = parse_header(memoryview(self._data)[at : at + HEADER_BYTES].tobytes(), self.max_bytes)
             end = at + HEADER_BYTES + length
             if len(self._data) < end:
                 break

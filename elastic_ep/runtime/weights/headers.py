@@ -41,8 +41,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check the path or download the file again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged header (a {type(header).__name__}, not names of tensors); download it again")
     start = 8 + length
     entries = {}
     for name, value in header.items():
@@ -58,8 +60,10 @@ def _entry(path: Path, name: str, value: Mapping[str, Any], start: int) -> Tenso
     try:
         dtype, shape = str(value["dtype"]), tuple(int(n) for n in value["shape"])
         begin, end = (int(n) for n in value["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged header at {name}; download it again") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} has a damaged header at {name!r}; download it again") from error
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise CheckpointError(f"{path} has a damaged header at {name!r}: shape {list(shape)}, bytes {begin} to {end}; download it again")
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CheckpointError(f"{name} in {path}: {end - begin} bytes do not hold {dtype} {list(shape)}; download the file again")
     return TensorEntry(path, dtype, shape, start + begin, start + end)
@@ -75,8 +79,10 @@ def read_headers(directory: Path) -> dict[str, TensorEntry]:
         return read_header(single)
     try:
         weight_map = json.loads(index_path.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index_path} is damaged ({error}); download it again") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index_path} is damaged (its weight_map does not name files); download it again")
     headers = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
     absent = next((name for name, file in weight_map.items() if name not in headers[file]), None)
     if absent is not None:

@@ -95,7 +95,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
     path = ""
     for part in loc:
         if isinstance(part, str):
-            part = _short(part.encode("ascii", "backslashreplace").decode())
+            part = _short(part.encode("unicode_escape").decode())
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path or "body"
 

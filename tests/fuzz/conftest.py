@@ -1,0 +1,3 @@
+"""Registers the profile of `make fuzz` before it is asked for."""
+
+from tests.fuzz import bytes  # noqa: F401
