@@ -99,7 +99,8 @@ def _stage(state: BrainState, change: Change, plan: GroupPlan, now: float) -> No
     rate, weights = state.settings.stage_bytes_per_s, {r: state.seats[r].weights_address for r in state.membership.ranks}
     change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
     state.between_steps += [Send(rank, Stage(change.number, loads, rate, weights, ahead)) for rank, loads in orders.items()]
-    state.publish("change_started", change=change.number, kind=change.kind.value, joiners=list(change.joiners), loads=len(plan.loads))
+    facts = {"joiners": list(change.joiners), "leavers": list(change.leavers), "loads": len(plan.loads), "gain": round(plan.gain, 4)}
+    state.publish("change_started", change=change.number, kind=change.kind.value, **facts)
 
 
 def on_staged(state: BrainState, seat: Seat, message: Staged, now: float) -> None:
