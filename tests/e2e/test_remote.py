@@ -97,12 +97,15 @@ def test_an_interface_goes_down_and_comes_up(checkpoint, token_file):
         assert agent.wait(5) == 0
 
 
-def refused(controller: str, *arguments: str) -> str:
-    """The one line with which an agent is turned away."""
-    with AgentProcess(controller, *arguments) as agent:
-        assert agent.wait(60) == 2
-        (line,) = agent.stderr.strip().splitlines()
-    return line
+def check_refusals(controller: str, refusals: dict[str, tuple[str, ...]]) -> None:
+    """Each agent is turned away with one line that says this."""
+    with ExitStack() as stack:
+        agents = {words: stack.enter_context(AgentProcess(controller, *arguments)) for words, arguments in refusals.items()}
+        for words, agent in agents.items():
+            assert agent.wait(60) == 2
+            (line,) = agent.stderr.strip().splitlines()
+            assert line.startswith("elastic-ep rank: error: ")
+            assert words in line
 
 
 def say_hello(controller: str, rank: int, incarnation: int) -> Any:
@@ -129,13 +132,16 @@ def test_the_life_of_remote_ranks(checkpoint, token_file, tmp_path):
         assert status["active_ranks"] == [1, 1, 0, 0]
         assert status["nodes"] == [{"node": "b", "ranks": [2, 3], "absent_ranks": [2, 3], "hosts": []}]
 
-        assert "refused this token" in refused(link.dial, "--token-file", str(other_token))
-        assert "no ranks for node 'c'" in refused(link.dial, "--token-file", token_file, "--node", "c")
-        assert "has 2 ranks, --ranks asks for 3" in refused(link.dial, "--token-file", token_file, "--node", "b", "--ranks", "3")
-        other = ("--checkpoint", str(checkpoint("mixtral")))
-        assert "is not the one that the server has" in refused(link.dial, "--token-file", token_file, "--node", "b", *other)
+        right = ("--token-file", token_file, "--node", "b")
+        refusals = {
+            "refused this token": ("--token-file", str(other_token), "--node", "b"),
+            "no ranks for node 'c'": ("--token-file", token_file, "--node", "c"),
+            "has 2 ranks, --ranks asks for 3": (*right, "--ranks", "3"),
+            "is not the one that the server has": (*right, "--checkpoint", str(checkpoint("mixtral"))),
+        }
+        check_refusals(link.dial, refusals)
 
-        agent = stack.enter_context(AgentProcess(link.dial, "--token-file", token_file, "--node", "b"))
+        agent = stack.enter_context(AgentProcess(link.dial, *right))
         assert agent.wait_seated() == [2, 3]
         server.wait_status(all_active, 60)
         cut_and_heal(server, agent, link, checkpoint)
@@ -161,7 +167,7 @@ def test_the_life_of_remote_ranks(checkpoint, token_file, tmp_path):
         wait_until(lambda: not rank_processes(remote), 5, "the ranks of the killed agent have ended")
         server.wait_status(lambda status: status["active_ranks"] == [1, 1, 0, 0])
         check_streams(server, checkpoint)
-        agent = stack.enter_context(AgentProcess(link.dial, "--token-file", token_file, "--node", "b"))
+        agent = stack.enter_context(AgentProcess(link.dial, *right))
         server.wait_status(all_active, 60)
         check_streams(server, checkpoint)
         assert server.status()["requests"]["failed"] == 0
