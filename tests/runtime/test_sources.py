@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,24 @@ def test_a_slot_that_is_overwritten_meanwhile_is_no_wrong_slot(monkeypatch):
 
     monkeypatch.setattr(slots, "slot_bytes", overwrite)
     upkeep.step()
+
+
+def test_a_peer_that_drips_is_passed_over(tmp_path, peers, monkeypatch):
+    """It sends a byte now and then, so it is never silent for long: the whole has a deadline, too."""
+    monkeypatch.setattr("elastic_ep.runtime.weights.peer._IDLE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("elastic_ep.runtime.weights.peer._SLOWEST_BYTES_PER_S", BYTES / 0.05)
+    server = PeerServer(1, f"unix:{tmp_path}/1.weights", "secret")
+    stop = threading.Event()
+
+    def drip(sock: socket.socket, data: memoryview) -> None:
+        for byte in data:
+            sock.sendall(bytes([byte]))
+            if stop.wait(0.01):
+                return
+
+    monkeypatch.setattr("elastic_ep.runtime.weights.peer._send", drip)
+    server.find = FakeSlots((0, 0, 0)).bytes_of
+    source = peers.source(1, {1: server.start()})
+    with pytest.raises(CheckpointError, match=r"too slow: \d+ of 256 bytes came in time"):
+        read([source], 0, 0)
+    stop.set()

@@ -11,6 +11,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -29,6 +30,8 @@ _CHUNK_BYTES = 1 << 18
 _CONNECT_TIMEOUT_S = 2.0
 _IDLE_TIMEOUT_S = 1.0
 """without a byte for so long, a peer is stopped or cut off, and the next source is asked"""
+_SLOWEST_BYTES_PER_S = 20e6
+"""one that sends less than this is no better than the next source"""
 
 
 class PeerServer:
@@ -73,8 +76,7 @@ class PeerServer:
                 found = self.find(layer, expert)
                 data = memoryview(b"") if found is None else found.numpy().data
                 sock.sendall(_LENGTH.pack(len(data)))
-                for start in range(0, len(data), _CHUNK_BYTES):
-                    sock.sendall(data[start : start + _CHUNK_BYTES])
+                _send(sock, data)
         except OSError:
             pass  # the peer is done, or gone
         finally:
@@ -101,7 +103,7 @@ class PeerSource:
             sock.sendall(_REQUEST.pack(layer, expert))
             (length,) = _LENGTH.unpack(_receive(sock, bytearray(_LENGTH.size)))
             if length == len(view):
-                _receive(sock, view)
+                _receive(sock, view, time.monotonic() + _IDLE_TIMEOUT_S + length / _SLOWEST_BYTES_PER_S)
                 return len(view)
         except OSError as error:
             self.close()
@@ -151,9 +153,17 @@ class Peers:
         self._sources.clear()
 
 
-def _receive(sock: socket.socket, into: bytearray | memoryview) -> bytearray | memoryview:
+def _send(sock: socket.socket, data: memoryview) -> None:
+    for start in range(0, len(data), _CHUNK_BYTES):
+        sock.sendall(data[start : start + _CHUNK_BYTES])
+
+
+def _receive(sock: socket.socket, into: bytearray | memoryview, deadline: float = float("inf")) -> bytearray | memoryview:
+    """Fill `into`. Raises OSError at the end of the stream, when nothing comes within the socket's timeout, or after the deadline."""
     view, done = memoryview(into), 0
     while done < len(view):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"too slow: {done} of {len(view)} bytes came in time")
         got = sock.recv_into(view[done:])
         if not got:
             raise ConnectionResetError("it closed the connection")
