@@ -1,10 +1,10 @@
 """How long lost experts take to come back, beside what their bytes need: a rank of a busy server is killed, again and again.
 
 checkpoint, host: there are just enough slots for three ranks to hold all experts, so the survivors read those that had no replica
-before the next step, from the checkpoint's files or from the host's memory. peer: every expert has a replica, and the killed rank's successor is filled from the others' slots while
-they serve. The floor is detection + agreement + bytes / bandwidth; the bandwidth of each source is measured in the same run by the same
-number of processes reading the same experts with nothing else to do. The bar: detection + agreement + 1.5 x bytes / bandwidth + 50 ms.
-`--json` prints one object.
+before the next step, from the checkpoint's files or from the host's memory. peer: every expert has a replica, and the killed rank's
+successor is filled from the others' slots while they serve. The floor is detection + agreement + bytes / bandwidth; the bandwidth of
+each source is measured in the same run by the same number of processes reading the same experts with nothing else to do. The bar:
+detection + agreement + 1.5 x bytes / bandwidth + 50 ms. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -106,11 +106,10 @@ def bandwidth(kind: str, checkpoint: Path, spec: ModelSpec, count: int) -> float
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         address = f"unix:{folder}/peer"
         if kind == "peer":
-            for _ in range(1):
-                peer = spawn.Process(target=_peer, args=(address, spec.slot_bytes(None)), daemon=True)
-                peer.start()
-                stack.callback(peer.join)
-                stack.callback(peer.kill)
+            peer = spawn.Process(target=_peer, args=(address, spec.slot_bytes(None)), daemon=True)
+            peer.start()
+            stack.callback(peer.join)
+            stack.callback(peer.kill)
         barrier, seconds = spawn.Barrier(readers + 1), spawn.Array("d", SURVIVORS)
         workers = [
             spawn.Process(target=_read_share, args=(kind, str(checkpoint), i, count, address, barrier, seconds)) for i in range(readers)
@@ -202,7 +201,8 @@ def _row(record: dict[str, Any], kind: str, rate: float) -> dict[str, float]:
     phases = {name: record[name] for name in ("detect_ms", "agree_ms", "plan_ms", "move_ms")}
     bar = noticed_ms + FACTOR * bytes_ms + ALLOWANCE_MS
     floor = noticed_ms + bytes_ms
-    return {**phases, "mbytes": num_bytes / 1e6, "measured_ms": measured, "floor_ms": floor, "bar_ms": bar, "ratio_to_floor": measured / floor}
+    times = {"measured_ms": measured, "floor_ms": floor, "bar_ms": bar, "ratio_to_floor": measured / floor}
+    return {**phases, "mbytes": num_bytes / 1e6, **times}
 
 
 def main() -> None:
