@@ -24,8 +24,10 @@ def run_step(state: BrainState, now: float) -> None:
     if state.change is not None and state.change.is_due:
         changes.switch(state, now)
         return
-    place_waiting(state.requests, operations.homes(state), state.settings.limits)
-    work = step_work(state.requests, state.membership.ranks, state.settings.limits)
+    work: dict[int, list[tuple[Sequence, SequenceWork]]] = {}
+    if state.requests.waiting or state.requests.running:
+        place_waiting(state.requests, operations.homes(state), state.settings.limits)
+        work = step_work(state.requests, state.membership.ranks, state.settings.limits)
     if not any(work.values()):
         if state.group.phase is Phase.RESUMING:
             resumed(state, now, "nothing to resume")
