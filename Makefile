@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard elastic_ep/*/*.c elastic_ep/*/*/*.c elastic_ep/*/*.h elastic_ep/*/*/*.h elastic_ep/*/*/*/*.h)
 
-.PHONY: demo test lint benchmarks clean
+.PHONY: demo test lint kill-matrix fuzz mutants benchmarks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/elastic-ep demo
@@ -16,6 +16,15 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+kill-matrix: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.e2e.kill_matrix
+
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --hypothesis-profile=long --timeout=3600
+
+mutants: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants
 
 benchmarks: $(VENV)/.installed
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
