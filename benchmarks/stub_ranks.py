@@ -8,7 +8,19 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from elastic_ep.brain.messages import DenseLoaded, Heartbeat, Hello, Install, Installed, LoadedSlot, RunStep, SampledToken, StepDone
+from elastic_ep.brain.messages import (
+    DenseLoaded,
+    Heartbeat,
+    Hello,
+    Install,
+    Installed,
+    LoadedSlot,
+    RunStep,
+    SampledToken,
+    Stage,
+    Staged,
+    StepDone,
+)
 from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.control.wire import encode, receive
 from elastic_ep.runtime.launch.launcher import Launcher
@@ -17,7 +29,8 @@ from elastic_ep.serving.controller import Controller
 
 def spec(num_experts: int, num_layers: int = 4) -> Any:
     """A model that is nothing but numbers."""
-    return SimpleNamespace(num_experts=num_experts, num_layers=num_layers, expert_bytes=1, max_positions=1 << 20, vocab_size=100)
+    sizes = {"expert_bytes": 1, "max_positions": 1 << 20, "vocab_size": 100, "slot_bytes": lambda dtype: 1}
+    return SimpleNamespace(num_experts=num_experts, num_layers=num_layers, **sizes)
 
 
 def answer(message: Any) -> Any:
@@ -26,6 +39,8 @@ def answer(message: Any) -> Any:
         case Install():
             loaded = tuple(LoadedSlot(order.layer, order.slot, order.expert, 1) for order in message.loads)
             return Installed(message.epoch, loaded, {}, 0.0)
+        case Stage():
+            return Staged(message.change, {})
         case RunStep():
             tokens = tuple(SampledToken(work.seq_id, 7) for work in message.work if work.sample is not None)
             return StepDone(message.epoch, message.step, tokens, 0.0)

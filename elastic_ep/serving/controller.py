@@ -7,11 +7,9 @@ import logging
 import os
 import secrets
 import shutil
-import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain import events as ev
-from elastic_ep.brain import operations, planner
+from elastic_ep.brain import planner
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.events import FailureCause, GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import Hello, RankMessage, StartOver
-from elastic_ep.brain.state import OperationState
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.recovery import Phase
 from elastic_ep.models.spec import ModelSpec
-from elastic_ep.runtime.control.address import tcp_address
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess, ProcessState
-from elastic_ep.runtime.rank_config import RankConfig
 from elastic_ep.runtime.weights.fingerprint import fingerprint
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.serving.agents import Agents, Hooks
-from elastic_ep.serving.backend import OperationRefused, QueueFull, Unavailable
+from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
 from elastic_ep.serving.link import RankLink
 from elastic_ep.serving.metrics import Metrics
+from elastic_ep.serving.operation_desk import OperationDesk
+from elastic_ep.serving.rank_program import RankPlace, rank_program
+from elastic_ep.serving.run_dir import make_run_dir
 from elastic_ep.serving.status import status_object
 from elastic_ep.serving.stream import RequestStream
 
@@ -49,17 +47,6 @@ EXIT_GRACE_S = 0.005
 """How long an exit waits for the launcher to say how it came about."""
 REMOTE_EXIT_GRACE_S = 0.02
 """How long a remote rank's closed channel waits for its agent to say why."""
-HEARTBEAT_INTERVAL_S = 0.1
-NO_HEARTBEAT_S = 86400.0
-RUN_DIR_PREFIX = "elastic-ep-"
-
-
-def remove_stale_run_dirs() -> None:
-    """What controllers left behind that were killed: the folder's name has the process id."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{RUN_DIR_PREFIX}[0-9]*-*"):
-        pid = folder.name.removeprefix(RUN_DIR_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _planned(command: ev.MakePlan, solve: Callable[[], tuple[ev.GroupPlan, ...]]) -> ev.Planned:
@@ -94,7 +81,6 @@ class Controller:
         self._backup_fd = -1
         self._backup: HostBackup | None = None
         self._streams: dict[str, RequestStream] = {}
-        self._operations: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._queue: deque[ev.Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
@@ -118,8 +104,7 @@ class Controller:
         self._loop = asyncio.get_running_loop()
         self.stopped = asyncio.Event()
         self.serving = asyncio.Event()
-        remove_stale_run_dirs()
-        self._run_dir = Path(tempfile.mkdtemp(prefix=f"{RUN_DIR_PREFIX}{os.getpid()}-"))
+        self._run_dir = make_run_dir()
         control = self._run_dir / "control.sock"
         self._control = f"unix:{control}"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
@@ -129,6 +114,7 @@ class Controller:
             self._backup = HostBackup(self._backup_fd, *shape)
             log.warning("host backup: %d bytes of this host's memory for all experts, filled while serving", self._backup.num_bytes)
         self.brain = Brain(self.settings, time.monotonic())
+        self._desk = OperationDesk(self.brain.state, self._feed)
         await self._let_agents_in()
         self._start_ranks()
         self._set_timer()
@@ -165,35 +151,8 @@ class Controller:
         self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
-        topology = self.brain.state.topology
-        listen = f"unix:{self._run_dir}/rank{rank}.{incarnation}.sock"
-        if self.config.remote is not None:
-            listen = f"{tcp_address(self.config.remote.host, 0)}#{incarnation}"  # an agent puts its own host here
-        config = RankConfig(
-            rank,
-            incarnation,
-            self._control,
-            listen,
-            self._token,
-            int(topology.first_slot[rank]),
-            exchange_timeout_s=self.settings.step_timeout_s / 2,
-            heartbeat_interval_s=HEARTBEAT_INTERVAL_S if self.config.detect else NO_HEARTBEAT_S,
-            ep_size=topology.ep_size,
-            host_backup_fd=self._backup_fd,
-            fill_bytes_per_s=self.config.rebalance_bytes_per_s or RankConfig.fill_bytes_per_s,
-            scrub_bytes_per_s=self.config.scrub_bytes_per_s,
-        )
-        engine = {
-            "checkpoint_dir": str(self.config.checkpoint),
-            "rank": rank,
-            "local_slots": topology.slots_per_rank[rank],
-            "dtype": self.config.dtype,
-            "kv_tokens": self.config.kv_tokens,
-            "fast_math": self.config.fast_math,
-        }
-        faults = self.config.faults.get(rank, []) if incarnation == 0 else []
-        tests = {"faults": faults, "fault_file": self.config.fault_file}
-        return {"rank": asdict(config), "engine": engine, "log_level": self.config.log_level, **tests}
+        place = RankPlace(rank, incarnation, self._control, str(self._run_dir), self._token, self._backup_fd)
+        return rank_program(place, self.config, self.brain.state.topology, self.settings.step_timeout_s)
 
     async def wait_serving(self) -> None:
         """Until the first epoch is installed. Raises Unavailable with the reason if it never will be."""
@@ -294,7 +253,7 @@ class Controller:
                 if command.kind == "installed":
                     self.serving.set()
                 elif command.kind == "operation_finished":
-                    self._note_finished(command.data["operation_id"])
+                    self._desk.note_finished(command.data["operation_id"])
             case ev.Fence():
                 self._fence(command.rank, command.incarnation, command.reason)
             case ev.StartRank():
@@ -381,6 +340,8 @@ class Controller:
         key = (event.rank, event.incarnation)
         self._unreported.discard(key)
         if event.kind == "spawned":
+            for old in [k for k, p in self._processes.items() if k[0] == event.rank and p.has_exited]:
+                self._processes.pop(old).close()
             process = LocalProcess(event.pid, self._loop, lambda: self._on_exit(*key))
             self._processes[key] = process
             process.watch()
@@ -445,28 +406,13 @@ class Controller:
         return stream
 
     def begin_operation(self, request: ev.ScaleRequested | ev.DrainRequested) -> asyncio.Future[dict[str, Any]]:
-        reason = operations.refusal(self.brain.state, request)
-        if reason is not None:
-            raise OperationRefused(reason)
-        name = request.operation_id
-        waiter = self._operations.setdefault(name, self._loop.create_future())
-        self._feed(request)
-        self._note_finished(name)
-        return waiter
+        return self._desk.begin(request)
 
     def operation(self, operation_id: str) -> dict[str, Any] | None:
-        found = self.brain.state.operations.get(operation_id)
-        return None if found is None else found.as_status()
+        return self._desk.find(operation_id)
 
     def operations(self) -> list[dict[str, Any]]:
-        return [operation.as_status() for operation in self.brain.state.operations.values()]
-
-    def _note_finished(self, operation_id: str) -> None:
-        operation = self.brain.state.operations[operation_id]
-        if operation.state is not OperationState.RUNNING:
-            waiter = self._operations.pop(operation_id, None)
-            if waiter is not None and not waiter.done():
-                waiter.set_result(operation.as_status())
+        return self._desk.all()
 
     def _cancel(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None and not self.stopped.is_set():
