@@ -19,15 +19,15 @@ def test_a_short_soak(tmp_path, capsys):
     history = tmp_path / "history.jsonl"
     arguments = ("--ep-size", "3", "--num-redundant-experts", "3", "--restart-backoff", "0.05", "--step-timeout", "5")
     with ServerProcess(checkpoint, *arguments) as server:
-        soak = ("--seed", "5", "--every", "0.7s", "--for", "6s", "--clients", "4", "--max-tokens", "48")
+        soak = ("--seed", "5", "--every", "0.5s", "--for", "3s", "--clients", "4", "--max-tokens", "48")
         status = main(["chaos", "--url", server.url, *soak, "--json", "--history", str(history)])
         after = server.status()
     report = json.loads(capsys.readouterr().out)
     assert status == 0, report
     assert report["verdict"]["counts"] == {}
-    assert sum(report["faults"].values()) == report["verdict"]["faults"] >= 4
+    assert sum(report["faults"].values()) == report["verdict"]["faults"] >= 3
     assert report["verdict"]["checked"] > 10
-    assert report["recoveries"] >= 3
+    assert report["recoveries"] >= 2
     assert set(report["phases_ms"]) == {"detect", "agree", "plan", "move", "resume", "stall"}
     assert report["resources"]["controller_rss"]["last"] > 1e7
     assert after["requests"]["failed"] == 0
