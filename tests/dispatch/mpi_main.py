@@ -18,7 +18,8 @@ from mpi4py import MPI  # noqa: E402
 class Server:
     """A dispatcher and what it is asked to do. A handle stays here; the test gets its id in place of the state."""
 
-    def __init__(self) -> None:
+    def __init__(self, pipe: Connection):
+        self.pipe = pipe
         self.dispatcher: Any = None
         self.run_step: Any = None
         self.handles: dict[int, Any] = {}
@@ -30,6 +31,8 @@ class Server:
         from elastic_ep.runtime.dispatch.mpi import MpiDispatcher
 
         self.run_step = run_step
+        if options.pop("interruptible", False):
+            options["interrupt"] = self.pipe.fileno()
         if self.dispatcher is not None:
             self.dispatcher.close()
         self.dispatcher, self.handles = MpiDispatcher(rank, **options), {}
@@ -58,7 +61,7 @@ class Server:
 
 
 def serve(pipe: Connection) -> None:
-    server = Server()
+    server = Server(pipe)
     while True:
         command, *args = pickle.loads(pipe.recv_bytes())
         if command is None:

@@ -18,7 +18,7 @@ from mpi_job import MpiJob
 from test_dispatch_faults import BIG, SOON_S, check_named, name_of
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.runtime.dispatch.base import FailureKind, PeerFailed
+from elastic_ep.runtime.dispatch.base import FailureKind, Interrupted, PeerFailed
 from elastic_ep.runtime.dispatch.mpi import MpiDispatcher
 
 SEATS = range(4)
@@ -89,6 +89,17 @@ def test_stopped_is_named_at_the_deadline_and_changes_nothing_when_it_wakes(rank
     ranks.check_steps([0, 2, 3], 20)
     ranks.install(SEATS)
     ranks.check_steps(SEATS, 3, **BIG)
+
+
+def test_a_word_from_the_controller_ends_a_wait(ranks: Ranks) -> None:
+    """The pipe of rank 0 stands for its control channel; rank 1 never comes to the step."""
+    restart(ranks, 0, {"interruptible": True})
+    ranks.install([0, 1])
+    ranks.tell(0, "steps", [ranks.step([0, 1])], None)
+    ranks.tell(0, "connect", {0: ranks.members[0].address}, CONNECT_S)
+    (report,) = ranks.answer(0)
+    assert report.outcome == Interrupted()
+    assert ranks.answer(0) is None
 
 
 def test_a_process_that_does_not_exist_or_two_ranks_in_one_are_refused(ranks: Ranks) -> None:
