@@ -15,12 +15,16 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from elastic_ep.cli.demo_prompts import PROMPTS, encoded_prompts
+
 if TYPE_CHECKING:
     from elastic_ep.testing.client import StreamRecord
-    from elastic_ep.testing.history import Verdict
+    from elastic_ep.testing.history import History, Verdict
     from elastic_ep.testing.server import ServerProcess
 
-NUM_REQUESTS = 16
+CHECKPOINT = Path(__file__).parents[1] / "assets" / "demo_model"
+"""comes with the package; training/ says how it was made"""
+NUM_REQUESTS = len(PROMPTS)
 NUM_TOKENS = 64
 EP_SIZE = 4
 NUM_REDUNDANT_EXPERTS = 12
@@ -31,35 +35,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help="kill ranks of a live server and watch the streams go on",
-        description=f"Makes a Mixture-of-Experts checkpoint of about 100 M parameters (once), serves it with {EP_SIZE} ranks, streams "
-        f"{NUM_REQUESTS} requests without faults, then the same requests while two ranks are killed, one of them during the first "
-        "recovery, and a third is stopped. Exit status 1 if any client lost, doubled or changed a token.",
+        description="Serves the small model that comes with the package (8 layers of 32 experts, trained on the Python standard library) "
+        f"with {EP_SIZE} ranks, streams {NUM_REQUESTS} requests without faults, then the same requests while two ranks are killed, one of "
+        "them during the first recovery, and a third is stopped. Exit status 1 if any client lost, doubled or changed a token.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
     from elastic_ep.cli.demo_view import DemoView
-    from elastic_ep.models.demo_checkpoint import ensure_demo_checkpoint
 
     with DemoView(quiet=args.json) as view:
-        view.say("making the checkpoint (once)" if not _folder().exists() else f"checkpoint: {_folder()}")
-        checkpoint = ensure_demo_checkpoint(_folder())
-        outcome = asyncio.run(_demo(checkpoint, view))
+        view.say(f"checkpoint: {CHECKPOINT}")
+        outcome = asyncio.run(_demo(CHECKPOINT, view))
     report = outcome.report()
-    print(json.dumps(report)) if args.json else view.summary(report)
+    print(json.dumps(report)) if args.json else view.summary(report, outcome.longest_stalled())
     return 1 if outcome.verdict.violations or report["failed_requests"] else 0
-
-
-def _folder() -> Path:
-    """Where the checkpoint is kept: the user's cache folder (XDG)."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "elastic-ep" / "demo-checkpoint-1"
-
-
-def prompts() -> list[list[int]]:
-    """One byte-level prompt per request, of different lengths."""
-    return [list(f"Request {i}: {'tell me about experts, ' * (1 + i % 4)}".encode()) for i in range(NUM_REQUESTS)]
 
 
 @dataclass
@@ -70,6 +61,12 @@ class Outcome:
     fault_free: list[StreamRecord]
     faulty: list[StreamRecord]
     recoveries: list[dict[str, Any]]
+
+    def longest_stalled(self) -> tuple[str, str]:
+        """(prompt, text) of the stream that waited longest while ranks died."""
+        waits = [max(record.gaps_s, default=0.0) for record in self.faulty]
+        index = waits.index(max(waits))
+        return PROMPTS[index], self.faulty[index].text
 
     def report(self) -> dict[str, Any]:
         """The object that `--json` prints. A token is lost or doubled if a stream has fewer or more than the fault-free one."""
@@ -98,26 +95,39 @@ async def _demo(checkpoint: Path, view: Any) -> Outcome:
     arguments = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", str(NUM_REDUNDANT_EXPERTS))
     history = History()
     with ServerProcess(checkpoint, *arguments) as server:
-        facts = server.facts
+        facts, prompts = server.facts, encoded_prompts(checkpoint)
         view.say(f"serving {facts['slots']} slots for {facts['experts']} experts in each of {facts['layers']} layers on {facts['url']}")
-        parameters: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0.8, "seed": 7, "ignore_eos": True}
-        async with _watched(server, view):
+        parameters: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0.7, "seed": 7, "ignore_eos": True}
+        async with _watched(server, history, view):
             view.say(f"{NUM_REQUESTS} streams of {NUM_TOKENS} tokens, no faults")
-            fault_free = await stream_all(server.url, facts["model"], prompts(), history, True, **parameters)
+            fault_free = await stream_all(server.url, facts["model"], prompts, history, True, **parameters)
             view.say("the same requests, with faults")
             faults = asyncio.create_task(_inject(server, view))
-            faulty = await stream_all(server.url, facts["model"], prompts(), history, **parameters)
+            faulty = await stream_all(server.url, facts["model"], prompts, history, **parameters)
             await faults
         return Outcome(judge(history.events), fault_free, faulty, server.status()["recoveries"])
 
 
+def texts(history: History) -> list[str]:
+    """What the requests sent last have got so far, at most NUM_REQUESTS of them, in the order of PROMPTS."""
+    from elastic_ep.testing.history import Kind
+
+    got: dict[str, str] = {}
+    for event in history.events:
+        if event.kind is Kind.SENT:
+            got[event.request] = ""
+        elif event.kind is Kind.TOKENS:
+            got[event.request] += event.text
+    return list(got.values())[-(len(got) % NUM_REQUESTS or NUM_REQUESTS) :]
+
+
 @contextlib.asynccontextmanager
-async def _watched(server: ServerProcess, view: Any) -> AsyncIterator[None]:
-    """Shows the server's status again and again meanwhile."""
+async def _watched(server: ServerProcess, history: History, view: Any) -> AsyncIterator[None]:
+    """Shows the server's status and the streams' text again and again meanwhile."""
 
     async def watch() -> None:
         while True:
-            view.show(await asyncio.to_thread(server.status))
+            view.show(await asyncio.to_thread(server.status), list(zip(PROMPTS, texts(history), strict=False)))
             await asyncio.sleep(POLL_S)
 
     task = asyncio.create_task(watch())

@@ -1,9 +1,10 @@
-"""What the demo shows: ranks, epoch, tokens per second and each recovery's timeline; plain lines where there is no terminal."""
+"""What the demo shows: ranks, epoch, tokens per second, each recovery's timeline, some streams' text; plain lines without a terminal."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +16,9 @@ from rich.text import Text
 PHASES = ("detect", "agree", "plan", "move", "resume")
 _STATE_STYLE = {"active": "green", "dead": "red", "fencing": "yellow"}
 _RATE_WINDOW_S = 1.0
+SHOWN_STREAMS = (0, 14)
+"""which streams' text is shown while it comes"""
+_STREAM_LINES = 8
 
 
 class DemoView:
@@ -48,10 +52,11 @@ class DemoView:
         if not self._quiet:
             self._console.print(line, soft_wrap=True)
 
-    def show(self, status: dict[str, Any]) -> None:
-        """The server's status now."""
+    def show(self, status: dict[str, Any], streams: Sequence[tuple[str, str]] = ()) -> None:
+        """The server's status now, and some of `streams`: (prompt, text so far)."""
         if self._live:
-            self._live.update(Group(self._ranks(status), self._headline(status), recovery_table(status["recoveries"])))
+            shown = stream_table([streams[i] for i in SHOWN_STREAMS if i < len(streams)], _STREAM_LINES)
+            self._live.update(Group(self._ranks(status), self._headline(status), shown, recovery_table(status["recoveries"])))
 
     def _rate(self, tokens: int) -> float:
         now = time.monotonic()
@@ -81,8 +86,10 @@ class DemoView:
     def line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
-    def summary(self, report: dict[str, Any]) -> None:
-        """The verdict, for a person."""
+    def summary(self, report: dict[str, Any], stream: tuple[str, str]) -> None:
+        """The verdict, for a person, after one stream's (prompt, text)."""
+        self.line("the stream that waited longest while ranks died:")
+        self._console.print(stream_table([stream], None))
         self._console.print(recovery_table(report["recoveries"]))
         same = "identical to" if report["identical_to_fault_free"] else "DIFFERENT from"
         self.line(
@@ -108,3 +115,21 @@ def recovery_table(recoveries: list[dict[str, Any]]) -> Table:
             f"{sum(recovery['bytes_moved'].values()) / 1e6:.1f}",
         )
     return table
+
+
+def stream_table(streams: Sequence[tuple[str, str]], max_lines: int | None) -> Table:
+    """The streams side by side, each (prompt, text) with the prompt dim; of each the last `max_lines` lines."""
+    table = Table(padding=(0, 1), show_header=False)
+    cells = []
+    for prompt, text in streams:
+        table.add_column(ratio=1, overflow="fold")
+        cell = Text(prompt, style="dim") + Text(printable(text), style="not dim")
+        lines = cell.split("\n")[-max_lines:] if max_lines else cell.split("\n")
+        cells.append(Text("\n").join(lines))
+    table.add_row(*cells)
+    return table
+
+
+def printable(text: str) -> str:
+    """The text with a dot for each character that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)

@@ -1,4 +1,7 @@
-"""A random Qwen3-MoE checkpoint of about 100 M parameters with a byte-level tokenizer, for the demo and the benchmarks."""
+"""A random Qwen3-MoE checkpoint of about 100 M parameters with a byte-level tokenizer, for the benchmarks and tests.
+
+The demo serves a trained one that comes with the package, in `elastic_ep/assets/`.
+"""
 
 from __future__ import annotations
 
