@@ -81,7 +81,7 @@ def begin(state: BrainState, request: Request, now: float) -> None:
         del state.operations[next(iter(state.operations))]
     state.publish("operation_started", **operation.as_status())
     for rank in operation.leavers:
-        if not state.membership.is_active(rank):
+        if not (state.membership.is_active(rank) and state.seats[rank].is_alive):  # the members of a group in recovery are not news
             retire(state, state.seats[rank], now)
     check(state, now)
 

@@ -164,3 +164,19 @@ def test_random_operations_and_failures(seed):
         world.pass_time(5.0)
         world.settle()
     assert state.operation is None, (seed, state.operation)
+
+
+def test_a_rank_that_is_dead_already_is_drained_at_once():
+    """While the group still waits for another's end, the dead one counts as a member of the old epoch (found by schedules 7053645, 5013467)."""
+    world = loaded_world()
+    world.unfenceable.add(2)
+    world.kill(2)
+    world.kill(1)
+    state = world.brain.state
+    assert state.seats[1].state is SeatState.DEAD
+    assert state.membership.is_active(1)
+    drain(world, 1)
+    assert state.operations["d"].state is OperationState.DONE
+    world.pass_time(3.0)
+    finish(world)
+    assert state.seats[1].state is SeatState.RETIRED
