@@ -167,7 +167,7 @@ def test_random_operations_and_failures(seed):
 
 
 def test_a_rank_that_is_dead_already_is_drained_at_once():
-    """While the group still waits for another's end, the dead one counts as a member of the old epoch (found by schedules 7053645, 5013467)."""
+    """While the group still waits for another's end, the dead one counts as a member of the old epoch. (Schedules 7053645, 5013467.)"""
     world = loaded_world()
     world.unfenceable.add(2)
     world.kill(2)
