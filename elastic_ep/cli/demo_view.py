@@ -109,7 +109,7 @@ def recovery_table(recoveries: list[dict[str, Any]]) -> Table:
     for recovery in recoveries:
         times = [recovery[f"{phase}_ms"] for phase in (*PHASES, "stall")]
         table.add_row(
-            f"rank {','.join(map(str, recovery['ranks']))} {recovery['kind']}",
+            f"rank {','.join(map(str, recovery['ranks']))} {recovery['kind']}" if recovery["ranks"] else recovery["kind"],
             *("…" if ms is None else f"{ms:.1f}" for ms in times),
             str(recovery["experts_lost"]),
             f"{sum(recovery['bytes_moved'].values()) / 1e6:.1f}",
