@@ -81,3 +81,11 @@ def test_a_joiner_fails_in_the_switch_that_lets_it_in():
     schedule = replace(PLAIN, ep_size=1, slots_per_rank=1, num_experts=3, restart=False, orders=(Order(60, False, 3, "move"),))
     for kind in (FaultKind.CRASH, FaultKind.UNKILLABLE):
         keeps_all_promises(replace(schedule, faults=(Fault(62, kind, 2, phase="installing"),)))
+
+
+def test_a_rank_is_drained_that_has_just_died():
+    """It was gone, and still counted a member until another failure was fenced: nobody retired it, and the drain ran for ever."""
+    faults = (Fault(31, FaultKind.ISOLATE, 2, 3, 2.0), Fault(31, FaultKind.STOP, 1, 3, 1.5, "installing"))
+    schedule = replace(PLAIN, ep_size=4, slots_per_rank=2, restart=False, is_local=False, read_s=0.006, faults=faults)
+    outcome = run(replace(schedule, seed=7053645, orders=(Order(84, True, 1, "move"),)))
+    assert not outcome.predicate, outcome
