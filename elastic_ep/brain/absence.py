@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_ep.brain import members
+from elastic_ep.brain import members, operations
 from elastic_ep.brain.events import FailureCause, SeatsAbsent, SeatsPresent
 from elastic_ep.brain.seats import SeatState
 from elastic_ep.brain.state import BrainState
@@ -12,6 +12,8 @@ def leave(state: BrainState, event: SeatsAbsent, now: float) -> None:
     """The group goes on without these seats, also while it boots."""
     for rank in event.ranks:
         state.seats[rank].absent, state.seats[rank].restart_at = event.reason, None
+    if state.operation is not None and set(event.ranks) & set(state.operation.joiners):
+        operations.undo(state, f"the host of rank {min(set(event.ranks) & set(state.operation.joiners))} is away: {event.reason}", now)
     for rank in event.ranks:
         members.fail(state, rank, FailureCause.AGENT_LOST, event.reason, now)
 

@@ -100,6 +100,7 @@ class Brain:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
         times = [state.boot_deadline, state.fence_deadline, state.silence_check_at, state.starts_due_at, state.rebalance_at]
+        times.append(state.changes_wait_until)
         if state.change:
             times.append(state.change.deadline)
         for transaction in (state.step, state.install):
@@ -193,6 +194,7 @@ class Brain:
         state = self.state
         changes.start_seats(state, now)
         changes.check_deadline(state, now)
+        changes.check_wait(state, now)
         changes.check_rebalance(state, now)
         if state.silence_check_at <= now:
             self._check_silence(now)

@@ -10,6 +10,8 @@ from elastic_ep.brain.state import BrainState, Change, ChangeKind
 from elastic_ep.core.membership import Membership
 from elastic_ep.core.recovery import Phase, RecoveryRecord, Tier, Trigger
 
+FAILURES_BEFORE_UNDOING = 5
+
 
 def start_seats(state: BrainState, now: float) -> None:
     """Start the processes whose time has come, and give up those that take too long."""
@@ -35,6 +37,8 @@ def consider(state: BrainState, now: float) -> None:
     """Begin a change if there is a reason for one and nothing else is going on."""
     if state.group.phase is not Phase.SERVING or state.change is not None or state.stopping:
         return
+    if state.changes_wait_until is not None:
+        return
     if state.next_round is not None:
         state.change, state.next_round = state.next_round, None
         assert state.change.plan is not None
@@ -51,7 +55,7 @@ def consider(state: BrainState, now: float) -> None:
     state.restore_due = state.rebalance_due = False
     state.changes_made += 1
     state.change = Change(state.changes_made, kind, joiners, leavers, active, now)
-    state.out.append(MakePlan(state.membership.epoch, active, state.change.number))
+    state.out.append(MakePlan(state.membership.epoch, active, state.change.number, leavers))
 
 
 def _kind(state: BrainState, joiners: tuple[int, ...], leavers: tuple[int, ...]) -> ChangeKind | None:
@@ -64,6 +68,12 @@ def _kind(state: BrainState, joiners: tuple[int, ...], leavers: tuple[int, ...])
     if state.restore_due:
         return ChangeKind.RESTORE
     return ChangeKind.REBALANCE if state.rebalance_due else None
+
+
+def check_wait(state: BrainState, now: float) -> None:
+    """Let changes begin again when they have been put off for long enough."""
+    if state.changes_wait_until is not None and state.changes_wait_until <= now:
+        state.changes_wait_until = None
 
 
 def check_rebalance(state: BrainState, now: float) -> None:
@@ -79,7 +89,10 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
     change = state.change
     if change is None or event.change != change.number or event.epoch != state.membership.epoch:
         return
-    if event.plan is None or (change.kind in (ChangeKind.RESTORE, ChangeKind.REBALANCE) and not event.plan.loads):
+    if event.plan is None:
+        postpone(state, event.reason, now)
+        return
+    if change.kind in (ChangeKind.RESTORE, ChangeKind.REBALANCE) and not event.plan.loads:
         state.change = None
         return
     if change.kind is ChangeKind.REBALANCE and event.plan.gain < state.settings.rebalance_min_gain:
@@ -91,10 +104,11 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
 
 
 def _stage(state: BrainState, change: Change, plan: GroupPlan, now: float) -> None:
-    members_then = [rank for rank, alive in enumerate(change.active) if alive]
+    members_then = [rank for rank, alive in enumerate(change.members) if alive]
     orders = dict.fromkeys(members_then, ()) | epochs.load_orders(state, plan)
-    ahead = epochs.install_of(state, state.membership.epoch + 1, change.active, plan)
+    ahead = epochs.install_of(state, state.membership.epoch + 1, change.members, plan)
     change.pending = set(orders)
+    change.readers = {rank for rank, loads in orders.items() if loads}
     change.staging_since = now
     rate, weights = state.settings.stage_bytes_per_s, {r: state.seats[r].weights_address for r in state.membership.ranks}
     change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
@@ -122,17 +136,33 @@ def on_stage_failed(state: BrainState, seat: Seat, message: StageFailed, now: fl
     if seat.rank in change.joiners:
         members.fail(state, seat.rank, FailureCause.FATAL, message.error, now)
     else:
-        state.publish("change_failed", change=change.number, rank=seat.rank, error=message.error)
-        state.change = None
+        postpone(state, f"rank {seat.rank}: {message.error}", now)
+
+
+def postpone(state: BrainState, reason: str, now: float) -> None:
+    """A change cannot be made now. It is tried again later, and later each time; an operation that needs it fails after a few."""
+    assert state.change is not None
+    state.publish("change_failed", change=state.change.number, reason=reason)
+    state.drop_change()
+    state.change_failures += 1
+    wait = state.settings.restart_backoff_s * 2 ** min(state.change_failures - 1, 16)
+    state.changes_wait_until = now + min(wait, state.settings.restart_backoff_max_s)
+    if state.change_failures >= FAILURES_BEFORE_UNDOING:
+        operations.undo(state, f"its change failed {state.change_failures} times; the last: {reason}", now)
 
 
 def check_deadline(state: BrainState, now: float) -> None:
-    """A rank whose background reading hangs could not recover anything either: give it up."""
+    """A rank whose background reading hangs could not recover anything either: give it up. If all that read are late, the source is
+    slow, and giving up every rank would help no one: try again later."""
     change = state.change
     if change is None or change.deadline is None or change.deadline > now:
         return
     change.deadline = None
-    for rank in sorted(change.pending):
+    late = sorted(change.pending)
+    if len(change.readers) > 1 and change.readers <= change.pending and not set(late) <= set(change.joiners):
+        postpone(state, f"nobody had read their experts after {now - change.staging_since:.1f} s", now)
+        return
+    for rank in late:
         members.fail(state, rank, FailureCause.WEDGED, f"change {change.number} not staged after {now - change.started:.1f} s", now)
 
 
@@ -145,8 +175,10 @@ def switch(state: BrainState, now: float) -> None:
     state.change = None
     if change.later:
         state.changes_made += 1
-        state.next_round = Change(state.changes_made, change.kind, (), (), change.active, now, plan=change.later[0], later=change.later[1:])
-    state.membership = Membership(state.membership.epoch + 1, change.active)
+        state.next_round = Change(state.changes_made, change.kind, (), change.leavers, change.active, now)
+        state.next_round.plan, state.next_round.later = change.later[0], change.later[1:]
+    state.change_failures = 0
+    state.membership = Membership(state.membership.epoch + 1, change.members)
     ranks = [*change.joiners, *change.leavers]
     state.record = RecoveryRecord(change.kind.value, ranks, last_sign=now, detected=now, tier=Tier.REBALANCE)
     state.record.epoch, state.record.agreed, state.record.planned = state.membership.epoch, now, now
@@ -157,5 +189,5 @@ def switch(state: BrainState, now: float) -> None:
     reason = f"{change.kind.value} of ranks {ranks}, {len(change.plan.loads)} experts staged"
     state.group.apply(Trigger.CHANGE_STAGED, now=now, epoch=state.membership.epoch, reason=reason)
     epochs.send_installs(state, change.plan, now)
-    for rank in change.leavers:
+    for rank in change.leavers if not change.later else ():
         operations.retire(state, state.seats[rank], now)

@@ -20,6 +20,7 @@ def on_planned(state: BrainState, event: Planned, now: float) -> None:
     if event.plan is None:
         state.group.apply(Trigger.TOO_FEW_SLOTS, now=now, epoch=epoch, reason=event.reason)
         members.abort_all(state, event.reason)
+        operations.undo(state, event.reason, now)
         members.close_record(state, now)
         return
     state.plan = event.plan
@@ -60,6 +61,7 @@ def install_of(state: BrainState, epoch: int, active: tuple[int, ...], plan: Gro
         streamed=tuple((layer, expert, rank) for (layer, expert), rank in sorted(plan.streamed.items())),
         loads=(),
         deadline_s=state.settings.install_timeout_s / 2,
+        streamed_digests=tuple(state.digests.get(pair) for pair in sorted(plan.streamed)),
     )
 
 

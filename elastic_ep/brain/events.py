@@ -263,11 +263,13 @@ class MakePlan:
     Attributes:
         change: number of the planned change it is for, None for a recovery. A recovery moves only what it must; a change also restores
             redundancy and balance.
+        leaving: members that will not be any more; until the last round they serve, and can be read from.
     """
 
     epoch: int
     active: tuple[int, ...]
     change: int | None = None
+    leaving: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

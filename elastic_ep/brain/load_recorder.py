@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 WINDOWS_USED = 8
 """the load that a plan sees is the sum of so many newest windows"""
-WINDOWS_KEPT = 4096
 
 
 class LoadRecorder:
@@ -19,12 +18,12 @@ class LoadRecorder:
         windows: finished windows, int64 [L, E] each, oldest first, with the time at which each ended.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, window_s: float, now: float) -> None:
+    def __init__(self, num_layers: int, num_experts: int, window_s: float, now: float, windows_kept: int = WINDOWS_USED) -> None:
         self._shape = (num_layers, num_experts)
         self._window_s = window_s
         self._current = np.zeros(self._shape, dtype=np.int64)
         self._ends = now + window_s
-        self.windows: deque[tuple[float, NDArray[np.int64]]] = deque(maxlen=WINDOWS_KEPT)
+        self.windows: deque[tuple[float, NDArray[np.int64]]] = deque(maxlen=windows_kept)
 
     def add(self, counts: bytes, now: float) -> None:
         """Take one report: uint32 [L, E], little-endian, C order. One of another size is not of this model and is left out."""

@@ -179,6 +179,8 @@ def stop(state: BrainState, error: str) -> None:
     if state.stopped:
         return
     state.stopped = state.stopping = True
+    if state.operation is not None:
+        operations.abandon(state, error or "the server stops")
     if error:
         abort_all(state, error)
     for seat in state.seats:

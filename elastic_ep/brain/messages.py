@@ -194,7 +194,7 @@ class Install:
         peers: rank -> address, the active ranks (the receiver among them).
         physical_to_logical_map: int32 [num_layers, P] as bytes (little-endian, C order), -1 empty.
         quotas: float64 [num_layers, P] as bytes, or None for an even split.
-        streamed: [layer, expert, rank] triples for experts without a slot.
+        streamed: [layer, expert, rank] triples for experts without a slot; `streamed_digests` are those of their first reading.
         loads: slots of the receiver to fill first; what was staged for them is used.
     """
 
@@ -209,6 +209,7 @@ class Install:
     streamed: tuple[tuple[int, int, int], ...]
     loads: tuple[LoadOrder, ...]
     deadline_s: float
+    streamed_digests: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

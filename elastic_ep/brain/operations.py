@@ -173,11 +173,25 @@ def on_seat_lost(state: BrainState, rank: int, now: float) -> None:
         elif rank in operation.joiners and not state.settings.restart:
             _finish(state, OperationState.FAILED, f"rank {rank} failed while it joined, and is not started again; the others stay", now)
         return
-    reason = f"rank {rank} failed before it was a member: {state.seats[rank].failure}"
-    for joiner in operation.joiners:
+    undo(state, f"rank {rank} failed before it was a member: {state.seats[rank].failure}", now)
+
+
+def undo(state: BrainState, reason: str, now: float) -> None:
+    """Give the running operation up, if there is one. Its joiners go again, unless nobody else is there to serve."""
+    operation = state.operation
+    if operation is None:
+        return
+    for joiner in operation.joiners if state.group.phase is not Phase.BOOTING else ():
         if not state.membership.is_active(joiner):
             retire(state, state.seats[joiner], now)
     _finish(state, OperationState.FAILED, reason, now)
+
+
+def abandon(state: BrainState, reason: str) -> None:
+    """The server ends before the running operation has."""
+    operation = state.operation
+    assert operation is not None
+    _finish(state, OperationState.FAILED, reason, operation.started)
 
 
 def check(state: BrainState, now: float) -> None:

@@ -77,23 +77,27 @@ def plan_change(
     contents: NDArray[np.int64],
     load: NDArray[np.float64] | None = None,
     backups: Backups | None = None,
+    leaving: Sequence[int] = (),
 ) -> tuple[GroupPlan, ...]:
     """Restore redundancy and balance: rounds, each staged beside what is served and installed at once. Arguments as in `plan`.
 
     No round takes the last replica of an expert; one that has none is streamed until its round comes. Always at least one round.
+    Ranks that are ``leaving`` are no longer active after the last one.
     """
-    held = _live(topology, active, contents)
-    solved = _solve(settings, topology, active, held, load, max_moves=None)
+    present = tuple(1 if rank in leaving else alive for rank, alive in enumerate(active))
+    held = _live(topology, present, contents)
+    solved = _solve(settings, topology, active, _live(topology, active, contents), load, max_moves=None)
     gain = 0.0 if load is None else _gain(ExpertPlacement(held.copy(), settings.num_experts), solved, topology, load)
     transfer = plan_transfer(
         held,
         solved.placement,
         topology,
-        active,
+        present,
         expert_bytes=settings.expert_bytes,
         backups=backups,
         speeds=settings.speeds,
         staging_slots=settings.staging_slots,
+        in_place=False,
     )
     plans = []
     for number, part in enumerate(transfer.rounds, 1):
@@ -103,7 +107,7 @@ def plan_change(
         if number == len(transfer.rounds):
             plans.append(_final(solved, topology, active, loads, sources))
         else:
-            plans.append(_between(held.copy(), settings.num_experts, topology, active, loads, sources, number))
+            plans.append(_between(held.copy(), settings.num_experts, topology, present, loads, sources, number))
     plans = plans or [_final(solved, topology, active, (), ())]
     return tuple(replace(each, gain=gain) for each in plans)
 

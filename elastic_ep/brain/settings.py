@@ -28,7 +28,7 @@ class BrainSettings:
         restart_limit: so many in a row that never became a member, and the seat stays empty.
         stage_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         max_waiting: requests that may wait; one more is refused.
-        load_window_s: how finely expert loads are recorded.
+        load_window_s: how finely expert loads are recorded; `load_windows_kept` is how many windows stay in memory.
         rebalance_interval_s: how often to look whether another placement would serve the recorded load better; 0 never.
         rebalance_min_gain: by how much the busiest ranks must get faster for experts to be moved, as a share.
     """
@@ -53,6 +53,7 @@ class BrainSettings:
     stage_bytes_per_s: float = 0.0
     max_waiting: int = 1024
     load_window_s: float = 10.0
+    load_windows_kept: int = 8
     rebalance_interval_s: float = 0.0
     rebalance_min_gain: float = 0.05
 

@@ -57,9 +57,9 @@ class Change:
 
     Attributes:
         joiners: seats that become members with it; `leavers` cease to be.
-        active: the members after it.
+        active: the members after its last round.
         later: the rounds that follow this one.
-        pending: ranks that still stage; `deadline` is when they must have.
+        pending: ranks that still stage; `readers` are those that have something to read; `deadline` is when they must have.
         is_due: all is staged; it is installed before the next step.
     """
 
@@ -74,9 +74,17 @@ class Change:
     deadline: float | None = None
     plan: GroupPlan | None = None
     pending: set[int] = field(default_factory=set)
+    readers: set[int] = field(default_factory=set)
     later: tuple[GroupPlan, ...] = ()
     bytes_read: Counter[str] = field(default_factory=Counter)
     is_due: bool = False
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """[ep_size], 1 = a member once this round is installed: leavers stay until the last round."""
+        if not self.later:
+            return self.active
+        return tuple(1 if rank in self.leavers else alive for rank, alive in enumerate(self.active))
 
 
 class OperationKind(enum.Enum):
@@ -139,6 +147,7 @@ class BrainState:
         topology: of the seats there are now; scaling up adds some.
         change: the planned change under way; `next_round` is what follows when it is installed; `restore_due` asks for one that
             restores redundancy.
+        changes_wait_until: no change begins before this; `change_failures` in a row have put it off.
         load: what experts were asked for; `rebalance_at` is when to look whether another placement would serve it better.
         operation: what an operator asked for and is not done yet; `operations` keeps the last ones by their name.
         between_steps: messages held until no step is in flight, since what a rank hears during a step interrupts it.
@@ -165,8 +174,10 @@ class BrainState:
         self.change: Change | None = None
         self.next_round: Change | None = None
         self.changes_made = 0
+        self.change_failures = 0
+        self.changes_wait_until: float | None = None
         self.restore_due = False
-        self.load = LoadRecorder(settings.num_layers, settings.plan.num_experts, settings.load_window_s, now)
+        self.load = LoadRecorder(settings.num_layers, settings.plan.num_experts, settings.load_window_s, now, settings.load_windows_kept)
         self.rebalance_at = now + settings.rebalance_interval_s if settings.rebalance_interval_s else None
         self.rebalance_due = False
         self.operation: Operation | None = None

@@ -100,6 +100,7 @@ def plan_transfer(
     backups: Mapping[str, NDArray[np.bool_]] | None = None,
     speeds: LinkSpeeds | None = None,
     staging_slots: int = 1,
+    in_place: bool = True,
 ) -> TransferPlan:
     """Rounds that turn ``contents`` into ``target``.
 
@@ -113,6 +114,7 @@ def plan_transfer(
         backups: node label -> bool [L, E], which experts are in that node's host memory. Give living nodes only.
         speeds: of the links.
         staging_slots: buffers per rank for experts that are being read while the rank serves; at least 1.
+        in_place: nothing is served until lost experts are there, so they need no staging; False: they are staged like all others.
 
     Raises:
         InvalidInputError: shapes that do not belong together, no staging slot, or a target that uses a dead rank.
@@ -130,7 +132,7 @@ def plan_transfer(
     held = np.where(live, held, EMPTY)
     node = topology.labels(node_level if node_level in topology.domains else "rank")
     planner = _Planner(held, wanted, topology, node, backups or {}, speeds or LinkSpeeds(), expert_bytes, staging_slots)
-    rounds, num_coverage = planner.run()
+    rounds, num_coverage = planner.run(in_place)
     return TransferPlan(
         tuple(rounds),
         num_coverage,
@@ -258,10 +260,10 @@ class _Planner:
         self.links = LinkLoads(speeds, node)
         self.bytes_by_kind: Counter[SourceKind] = Counter()
 
-    def run(self) -> tuple[list[Round], int]:
+    def run(self, in_place: bool) -> tuple[list[Round], int]:
         """All rounds, and how many of them are for coverage."""
         rounds = []
-        first = self._cover_in_place()
+        first = self._cover_in_place() if in_place else _Draft()
         if first.writes:
             rounds.append(self._close(first, in_place=True))
         todo = [(layer, e, r) for layer, state in enumerate(self.layers) for e, r in state.missing()]

@@ -97,6 +97,10 @@ class ExpertSlots:
         """Free whatever is staged."""
         self._staged.clear()
 
+    def expect(self, layer: int, expert: int, digest: int) -> None:
+        """An expert that may be streamed must have the bytes of this digest."""
+        self._digests.setdefault((layer, expert), digest)
+
     def stream(self, layer: int, expert: int) -> ExpertWeights:
         """The weights of an expert that has no slot, read into a spare buffer; the least recently used one gives way."""
         key = (layer, expert)

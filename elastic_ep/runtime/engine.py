@@ -66,6 +66,10 @@ class Slots(Protocol):
         """Free whatever is staged."""
         ...
 
+    def expect(self, layer: int, expert: int, digest: int) -> None:
+        """An expert that may be streamed must have these bytes."""
+        ...
+
     def bytes_of(self, layer: int, expert: int) -> torch.Tensor | None:
         """uint8 [n]: the bytes of an expert that a slot holds, None if none does."""
         ...

@@ -183,6 +183,10 @@ class Rank:
         if prepared is None or replace(prepared[0], loads=order.loads, peers=order.peers) != order:
             prepared = order, routing_of(order)
         self.routing, self._prepared = prepared[1], None
+        for (layer, expert, _), digest in zip(order.streamed, order.streamed_digests, strict=False):
+            if digest is not None:
+                self.engine.slots.expect(layer, expert, digest)
+        self.engine.slots.drop_staged()
         self.faults.reach("install_end", epoch=order.epoch)
         move_ms = (time.monotonic() - started) * 1e3
         return Installed(order.epoch, tuple(loaded), moved_bytes(by_source), move_ms, tuple(errors))

@@ -71,6 +71,8 @@ class Stager:
                 answer = self._stage(stage)
             except CheckpointError as error:
                 answer = StageFailed(stage.change, str(error))
+            except (OSError, MemoryError, RuntimeError) as error:  # no memory to stage in, above all
+                answer = StageFailed(stage.change, f"{type(error).__name__}: {error}")
             if answer is not None:
                 try:
                     self._send(answer)

@@ -12,6 +12,8 @@ from elastic_ep.runtime.engine import Slots
 from elastic_ep.runtime.weights.base import digest_of, read_verified, zeroed
 from elastic_ep.runtime.weights.host import HostBackup
 
+FILLS_PER_SCRUB = 16
+"""a backup that fills must not keep the slots from being looked at"""
 IDLE_S = 0.25
 """how soon to look again when there is nothing to do"""
 
@@ -43,13 +45,16 @@ class Upkeep:
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._to_scrub: Iterator[tuple[int, int]] = iter(())
         self._spare: torch.Tensor | None = None
+        self._steps = 0
 
     def step(self) -> float:
         """Raises WrongExpertError when a slot holds other bytes than those that were verified: the rank must stop."""
         if not self._held:
             return IDLE_S  # not a member yet: there is more urgent reading to do
         slot_bytes = self._slots.shape[2]
-        if isinstance(self._slots.backup, HostBackup) and self._fill(self._slots.backup):
+        self._steps += 1
+        is_scrub_due = bool(self._scrub_bytes_per_s) and self._steps % FILLS_PER_SCRUB == 0
+        if not is_scrub_due and isinstance(self._slots.backup, HostBackup) and self._fill(self._slots.backup):
             return slot_bytes / self._fill_bytes_per_s
         if self._scrub_bytes_per_s and self._scrub():
             return slot_bytes / self._scrub_bytes_per_s
@@ -63,11 +68,11 @@ class Upkeep:
             return False
         if self._spare is None:
             self._spare = zeroed(self._slots.shape[2])
-        for (layer, slot), (expert, digest) in list(self._held.items()):
-            if missing[layer, expert]:
-                self._spare.copy_(self._slots.slot_bytes(layer, slot - self._first_slot))
-                if digest_of(self._spare) == digest:  # else it was being overwritten
-                    backup.write(layer, expert, self._spare, digest)
+        for key, held in list(self._held.items()):
+            if missing[key[0], held[0]]:
+                self._spare.copy_(self._slots.slot_bytes(key[0], key[1] - self._first_slot))
+                if self._is_right(key, held, self._spare):
+                    backup.write(key[0], held[0], self._spare, held[1])
                 return True
         places = missing.ravel().nonzero()[0]
         start = self._turn[0] * missing.size // self._turn[1]
@@ -90,10 +95,16 @@ class Upkeep:
         before = self._held.get(key)
         if before is None:
             return True
-        found = digest_of(self._slots.slot_bytes(key[0], key[1] - self._first_slot))
-        if found != before[1] and self._held.get(key) is before:
-            raise WrongExpertError(
-                f"slot {key[1]} of MoE layer {key[0]} holds digest {found:016x}; expert {before[0]} was verified there with "
-                f"{before[1]:016x}: a bit of this host's memory has changed"
-            )
+        self._is_right(key, before, self._slots.slot_bytes(key[0], key[1] - self._first_slot))
         return True
+
+    def _is_right(self, key: tuple[int, int], held: tuple[int, int], memory: torch.Tensor) -> bool:
+        """Whether these bytes of a slot are those that were verified there. False if the slot was overwritten meanwhile; raises
+        WrongExpertError if not."""
+        found = digest_of(memory)
+        if found != held[1] and self._held.get(key) is held:
+            raise WrongExpertError(
+                f"slot {key[1]} of MoE layer {key[0]} holds digest {found:016x}; expert {held[0]} was verified there with "
+                f"{held[1]:016x}: a bit of this host's memory has changed"
+            )
+        return found == held[1]

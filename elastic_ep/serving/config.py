@@ -182,5 +182,6 @@ class ServeConfig:
             max_waiting=self.max_waiting,
             rebalance_interval_s=self.rebalance_interval_s,
             rebalance_min_gain=self.rebalance_min_gain,
+            load_windows_kept=8 if self.load_trace is None else 4096,
             load_window_s=max(1.0, self.rebalance_interval_s / 4) if self.rebalance_interval_s else 10.0,
         )

@@ -55,6 +55,11 @@ def _planned(command: ev.MakePlan, solve: Callable[[], tuple[ev.GroupPlan, ...]]
         return ev.Planned(command.epoch, first, change=command.change, then=tuple(then))
     except InsufficientSlotsError as error:
         return ev.Planned(command.epoch, None, str(error), command.change)
+    except Exception as error:
+        if command.change is None:
+            raise
+        log.exception("a change could not be planned; it is put off")
+        return ev.Planned(command.epoch, None, f"{type(error).__name__}: {error}", command.change)
 
 
 class Controller:
@@ -104,7 +109,7 @@ class Controller:
         self._loop = asyncio.get_running_loop()
         self.stopped = asyncio.Event()
         self.serving = asyncio.Event()
-        self._run_dir = make_run_dir()
+        self._run_dir, self._run_dir_lock = make_run_dir()
         control = self._run_dir / "control.sock"
         self._control = f"unix:{control}"
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
@@ -190,6 +195,7 @@ class Controller:
         self.end_streams()
         self._write_load_trace()
         shutil.rmtree(self._run_dir, ignore_errors=True)
+        os.close(self._run_dir_lock)
 
     def _write_load_trace(self) -> None:
         if self.config.load_trace is None:
@@ -280,7 +286,7 @@ class Controller:
         if command.change is None:
             self._queue.append(_planned(command, lambda: (planner.plan(*arguments),)))
             return
-        solving = self._loop.run_in_executor(None, _planned, command, lambda: planner.plan_change(*arguments))
+        solving = self._loop.run_in_executor(None, _planned, command, lambda: planner.plan_change(*arguments, leaving=command.leaving))
         solving.add_done_callback(lambda done: None if done.cancelled() or self.stopped.is_set() else self._feed(done.result()))
 
     def _backups(self) -> dict[str, NDArray[np.bool_]]:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 PREFIX = "elastic-ep-"
+_YOUNG_S = 10.0
+"""a folder that is newer may belong to a controller that has not locked it yet"""
 
 
-def make_run_dir() -> Path:
-    """A new folder whose name has this process's id. Those of processes that are gone are removed."""
+def make_run_dir() -> tuple[Path, int]:
+    """A new folder, and the file descriptor that keeps it locked as long as this process lives. Folders that nobody has locked are removed.
+
+    A lock, not a process id in the name: containers that share a temporary folder do not see each other's processes.
+    """
     _remove_stale()
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return folder, lock
 
 
 def _remove_stale() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}[0-9]*-*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        try:
+            if time.time() - folder.stat().st_mtime < _YOUNG_S:
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # it is gone, or another user's
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its controller lives
+        finally:
+            os.close(lock)

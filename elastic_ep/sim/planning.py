@@ -23,7 +23,7 @@ def answer(brain: Brain, command: ev.MakePlan) -> ev.Planned:
     state = brain.state
     topology, contents = topology_of(brain), state.contents.experts
     load = state.load.recent()
-    asked = (state.settings.plan, topology.slots_per_rank, command.active, command.change is None)
+    asked = (state.settings.plan, topology.slots_per_rank, command.active, command.change is None, command.leaving)
     key = (*asked, contents.tobytes(), contents.shape, None if load is None else load.tobytes())
     if key not in _plans:
         _remember(_plans, key, _solve(brain, command))
@@ -37,7 +37,9 @@ def _solve(brain: Brain, command: ev.MakePlan) -> tuple[tuple[ev.GroupPlan, ...]
     state = brain.state
     arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, state.load.recent())
     try:
-        return ((planner.plan(*arguments),) if command.change is None else planner.plan_change(*arguments)), ""
+        if command.change is None:
+            return (planner.plan(*arguments),), ""
+        return planner.plan_change(*arguments, leaving=command.leaving), ""
     except InsufficientSlotsError as error:
         return (), str(error)
 

@@ -125,9 +125,8 @@ def bounded_waits(world: World) -> None:
     elif state.group.phase in (Phase.RESUMING, Phase.SERVING):
         idle = state.step is None and any(s.home is not None for s in state.requests.running.values())
         require(not idle, "bounded_waits", "sequences run, and no step does")
-        late = (
-            state.restore_due and state.change is None and state.group.phase is Phase.SERVING and not state.stopping and state.step is None
-        )
+        is_free = state.change is None and state.changes_wait_until is None and state.step is None and not state.stopping
+        late = state.restore_due and is_free and state.group.phase is Phase.SERVING
         require(not late, "bounded_waits", "redundancy is to be restored, nothing hinders it, and nothing does it")
     _check_lengths(world, now)
     limit = 2 * state.settings.heartbeat_timeout_s + SLACK_S

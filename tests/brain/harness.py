@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import defaultdict, deque
+from functools import partial
 
 import numpy as np
 
@@ -100,7 +101,7 @@ class World:
     def make_plan(self, command: ev.MakePlan) -> ev.Planned:
         try:
             state = self.brain.state
-            solve = planner.plan if command.change is None else planner.plan_change
+            solve = planner.plan if command.change is None else partial(planner.plan_change, leaving=command.leaving)
             plans = solve(self.settings.plan, state.topology, command.active, state.contents.experts, state.load.recent())
         except InsufficientSlotsError as error:
             return ev.Planned(command.epoch, None, str(error), command.change)

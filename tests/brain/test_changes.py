@@ -301,3 +301,60 @@ def test_a_change_in_several_rounds_leaves_no_expert_out():
         assert missing == set(plan.streamed)
     assert not state.plan.streamed
     assert not state.contents.mismatches(state.plan.placement)
+
+
+def test_a_source_that_stalls_everyone_costs_no_member():
+    """All that read for an optional change are late: the change is put off, and nobody is given up for it."""
+    world = World(rebalance_interval_s=5.0).boot()
+    report_load(world, 5)
+    world.wedged |= {0, 1, 2, 3}
+    world.pass_time(5.5)
+    state = world.brain.state
+    assert state.change is not None
+    readers = set(state.change.readers)
+    assert len(readers) > 1
+    world.pass_time(60.0)
+    assert state.membership.ranks == (0, 1, 2, 3)
+    failed = [c.data for c in world.commands if isinstance(c, ev.Publish) and c.kind == "change_failed"]
+    assert "nobody had read their experts after" in failed[0]["reason"]
+    world.wedged.clear()
+    world.inbox.clear()
+    world.pass_time(60.0)
+    world.settle()
+    world.pass_time(60.0)
+    world.settle()
+    assert {record.kind for record in state.recoveries} <= {"rebalance", "restore"}
+    assert state.recoveries, "it was tried again"
+
+
+def test_a_member_that_cannot_stage_puts_the_change_off():
+    """No endless loop at full speed, and what the change was for is not forgotten."""
+    world = World(rebalance_interval_s=10.0).boot()
+    state = world.brain.state
+    report_load(world, 5)
+    failures = 0
+    read = world.read
+
+    def fail_twice(rank: int, message: object) -> None:
+        nonlocal failures
+        if isinstance(message, Stage) and message.loads and failures < 2:
+            failures += 1
+            world.reply(rank, StageFailed(message.change, "the disk is gone"))
+        else:
+            read(rank, message)
+
+    world.read = fail_twice
+    world.pass_time(10.1)
+    world.settle()
+    assert failures >= 1
+    changes = state.changes_made
+    world.settle()
+    assert state.changes_made == changes, "it waits before it tries again"
+    for _ in range(8):
+        world.pass_time(1.0)
+        world.settle()
+    assert failures == 2
+    assert state.recoveries
+    assert (state.plan.placement.logical_replica_count[:, 5] > 1).all()
+    assert not state.contents.mismatches(state.plan.placement)
+    assert not state.plan.streamed

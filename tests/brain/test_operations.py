@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import operations
+from elastic_ep.brain.messages import Stage, StageFailed
 from elastic_ep.brain.seats import SeatState
 from elastic_ep.brain.state import OperationState
+from elastic_ep.core.links import SourceKind
+from elastic_ep.core.recovery import Phase
 from tests.brain.harness import World
 from tests.brain.test_brain import check_all, serve_all
 
@@ -180,3 +184,66 @@ def test_a_rank_that_is_dead_already_is_drained_at_once():
     world.pass_time(3.0)
     finish(world)
     assert state.seats[1].state is SeatState.RETIRED
+
+
+def test_an_operation_whose_change_always_fails_is_undone():
+    world = loaded_world()
+    state = world.brain.state
+    read = world.read
+
+    def fail(rank: int, message: object) -> None:
+        if isinstance(message, Stage) and message.loads:
+            world.reply(rank, StageFailed(message.change, "no memory"))
+        else:
+            read(rank, message)
+
+    world.read = fail
+    drain(world, 1)
+    for _ in range(40):
+        world.settle()
+        world.pass_time(1.0)
+    operation = state.operations["d"]
+    assert operation.state is OperationState.FAILED
+    assert "its change failed 5 times; the last: rank" in operation.reason
+    assert state.membership.ranks == (0, 1, 2, 3)
+    check_all(world, 80)
+
+
+def test_a_leaver_serves_and_is_read_from_until_the_last_round():
+    """With one staging slot a drain takes several rounds. No expert is ever streamed, and what only the leaver holds comes from it."""
+    world = loaded_world(stream=False, staging_slots=1, slots_per_rank=3)
+    state = world.brain.state
+    before = len(world.plans)
+    drain(world, 3)
+    world.settle_until(lambda: state.operations["d"].state is OperationState.DONE)
+    rounds = world.plans[before:]
+    assert len(rounds) > 1
+    assert not any(plan.streamed for plan in rounds)
+    assert all((plan.placement.physical_to_logical_map[:, 9:] != -1).any() for plan in rounds[:-1])
+    assert (rounds[-1].placement.physical_to_logical_map[:, 9:] == -1).all()
+    assert any(source.rank == 3 for plan in rounds for source in plan.sources)
+    assert not any(source.kind is SourceKind.CHECKPOINT for plan in rounds for source in plan.sources)
+    finish(world)
+
+
+def test_a_growth_that_meets_a_group_without_enough_slots_is_undone():
+    world = loaded_world(stream=False)
+    state = world.brain.state
+    world.feed(ev.ScaleRequested("grow", 6))
+    assert state.operations["grow"].seats_to_add == 2
+    world.brain.state.settings = replace(state.settings, restart=False)
+    for rank in (0, 1):
+        world.kill(rank)
+    world.settle()
+    assert state.group.phase is Phase.REFUSING
+    assert state.operations["grow"].state is OperationState.FAILED
+
+
+def test_an_operation_ends_with_the_server():
+    world = loaded_world()
+    drain(world, 1, how="finish")
+    for rank in range(4):
+        world.brain.state.settings = replace(world.brain.state.settings, restart=False)
+        world.kill(rank)
+    operation = world.brain.state.operations["d"]
+    assert operation.state is not OperationState.RUNNING

@@ -40,6 +40,9 @@ class FakeCheckpoint:
         slot.copy_(expert(layer, index))
         return BYTES
 
+    def known_digest(self, layer: int, index: int) -> int | None:
+        return None
+
     def close(self) -> None: ...
 
 
@@ -169,7 +172,7 @@ def test_the_backup_is_filled_from_slots_first(backup):
     for layer in range(LAYERS):
         for index in range(EXPERTS):
             assert read([backup], layer, index)[1].equal(expert(layer, index))
-            assert backup.digest(layer, index) == digest_of(expert(layer, index))
+            assert backup.known_digest(layer, index) == digest_of(expert(layer, index))
 
 
 def test_nobody_reads_ahead_before_the_rank_is_a_member(backup):
@@ -183,7 +186,8 @@ def test_two_processes_share_one_backup(backup):
     other = HostBackup(backup._fd, LAYERS, EXPERTS, BYTES)
     backup.write(1, 2, expert(1, 2), 99)
     assert other.experts[1, 2]
-    assert other.digest(1, 2) == 99
+    assert other.known_digest(1, 2) == 99
+    assert other.known_digest(0, 0) is None
     with pytest.raises(CheckpointError, match="expert 0 of MoE layer 0 is not in the host backup yet"):
         read([other], 0, 0)
     with pytest.raises(InvalidInputError, match="belongs to another model"):
@@ -238,3 +242,30 @@ def test_a_peer_that_drips_is_passed_over(tmp_path, peers, monkeypatch):
     with pytest.raises(CheckpointError, match=r"too slow: \d+ of 256 bytes came in time"):
         read([source], 0, 0)
     stop.set()
+
+
+def test_a_flipped_bit_is_found_before_the_slot_is_backed_up(backup):
+    slots = FakeSlots((0, 0, 3))
+    slots.backup = backup
+    slots.memory[0, 0, 9] ^= 1
+    upkeep = Upkeep(slots, 0, slots.held, (0, 1), fill_bytes_per_s=1e9, scrub_bytes_per_s=0)
+    with pytest.raises(WrongExpertError, match="slot 0 of MoE layer 0 holds digest"):
+        upkeep.step()
+    assert not backup.experts.any()
+
+
+def test_slots_are_looked_at_while_the_backup_fills(backup, monkeypatch):
+    monkeypatch.setattr("elastic_ep.runtime.upkeep.FILLS_PER_SCRUB", 2)
+    slots = FakeSlots((0, 0, 3))
+    slots.backup = backup
+    upkeep = Upkeep(slots, 0, slots.held, (0, 1), fill_bytes_per_s=1e9, scrub_bytes_per_s=1e6)
+    waits = [upkeep.step() for _ in range(4)]
+    assert waits == pytest.approx([BYTES / 1e9, BYTES / 1e6, BYTES / 1e9, BYTES / 1e6])
+
+
+def test_the_backup_knows_its_own_digests(backup):
+    """Also when nobody else knows one, as for an expert that is streamed: the checkpoint's bytes are taken instead."""
+    backup.write(0, 2, expert(0, 2), digest_of(expert(0, 2)))
+    backup._slots[0, 2, 100] ^= 8
+    loaded, slot = read([backup, FakeCheckpoint()], 0, 2)
+    assert (loaded.kind, slot.equal(expert(0, 2))) == ("checkpoint", True)

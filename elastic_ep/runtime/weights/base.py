@@ -74,6 +74,10 @@ class ExpertSource(Protocol):
         CheckpointError when it does not have the expert, or not in time."""
         ...
 
+    def known_digest(self, layer: int, expert: int) -> int | None:
+        """Of the expert's bytes, if the source was told it when it got them."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -91,6 +95,9 @@ class LocalSource:
             raise CheckpointError(f"no slot of this rank holds expert {expert} of MoE layer {layer}")
         slot.copy_(found)
         return len(slot)
+
+    def known_digest(self, layer: int, expert: int) -> int | None:
+        return None
 
     def close(self) -> None:
         """Nothing to do."""
@@ -111,7 +118,7 @@ class Loaded(NamedTuple):
 
 
 def read_verified(sources: Sequence[ExpertSource], layer: int, expert: int, slot: torch.Tensor, digest: int | None) -> Loaded:
-    """Fill a slot from the first source whose bytes have the digest; None takes those of the first that answers.
+    """Fill a slot from the first source whose bytes have the digest; None: the digest that the source itself knows, if any.
 
     Raises CheckpointError of the last source when none has them.
     """
@@ -120,9 +127,10 @@ def read_verified(sources: Sequence[ExpertSource], layer: int, expert: int, slot
         try:
             num_bytes = source.read(layer, expert, slot)
             found = digest_of(slot)
-            if digest is not None and found != digest:
+            expected = source.known_digest(layer, expert) if digest is None else digest
+            if expected is not None and found != expected:
                 raise CheckpointError(
-                    f"expert {expert} of MoE layer {layer} was read with digest {found:016x}, its bytes had {digest:016x} before; "
+                    f"expert {expert} of MoE layer {layer} was read with digest {found:016x}, its bytes had {expected:016x} before; "
                     f"the {source.kind}'s copy changed or its memory or disk fails: restore it and restart"
                 )
             return Loaded(found, source.kind, num_bytes, tuple(errors))

@@ -79,9 +79,9 @@ class HostBackup:
         self._digests[layer, expert] = digest
         self._ready[layer, expert] = 1
 
-    def digest(self, layer: int, expert: int) -> int:
-        """What `write` was told; 0 while it is not there."""
-        return int(self._digests[layer, expert])
+    def known_digest(self, layer: int, expert: int) -> int | None:
+        """What `write` was told; None while it is not there."""
+        return int(self._digests[layer, expert]) if self._ready[layer, expert] else None
 
     def close(self) -> None:
         """The mapping goes with the process: views of it may still be in use."""

@@ -111,6 +111,9 @@ class PeerSource:
         self.close()
         raise CheckpointError(f"rank {self._peer} sent {length} bytes for expert {expert} of MoE layer {layer}, not {len(view)}")
 
+    def known_digest(self, layer: int, expert: int) -> int | None:
+        return None
+
     def close(self) -> None:
         if self._sock is not None:
             self._sock.close()

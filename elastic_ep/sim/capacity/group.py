@@ -173,7 +173,7 @@ class Group:
         arguments = (self.settings.plan, self.topology, command.active, self.brain.state.contents.experts, self.setup.load)
         started = time.perf_counter()
         try:
-            plans = (planner.plan(*arguments),) if command.change is None else planner.plan_change(*arguments)
+            plans = (planner.plan(*arguments),) if command.change is None else planner.plan_change(*arguments, leaving=command.leaving)
         except InsufficientSlotsError as error:
             return ev.Planned(command.epoch, None, str(error), command.change)
         self.history.solve_s.append(time.perf_counter() - started)
