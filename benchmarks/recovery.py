@@ -69,19 +69,19 @@ def _read_share(kind: str, checkpoint: str, share: int, count: int, address: str
     engine.load_dense()
     layers, experts, slot_bytes = engine.slots.shape
     places = [divmod(i, experts) for i in range(layers * experts)][share:count:SURVIVORS]
-    memory = torch.ones(slot_bytes, dtype=torch.uint8)
+    memories = torch.ones(len(places), slot_bytes, dtype=torch.uint8)  # as many slots as there are experts, not one that stays in a cache
     source: Any = engine.slots.checkpoint
     if kind == "host":
         fd = HostBackup.create(layers, experts, slot_bytes)
         source = HostBackup(fd, layers, experts, slot_bytes)
         for layer, expert in places:
-            source.write(layer, expert, memory, 0)
+            source.write(layer, expert, memories[0], 0)
     elif kind == "peer":
         source = Peers(1, "unix:/none", "token").source(0, {0: address})
         places = places[:1] * len(places)
     barrier.wait()
     started = time.perf_counter()
-    for layer, expert in places:
+    for (layer, expert), memory in zip(places, memories, strict=True):
         source.read(layer, expert, memory)
     seconds[share] = time.perf_counter() - started
     barrier.wait()
