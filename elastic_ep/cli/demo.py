@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -146,10 +146,8 @@ async def _inject(server: ServerProcess, view: Any) -> None:
     start = status["tokens_committed"]
     share = NUM_REQUESTS * NUM_TOKENS
     await _committed(server, start + share // 5)
-    failed = asyncio.create_task(_first_event(server.url, "rank_failed"))
-    await asyncio.sleep(POLL_S)  # the subscription is open
     os.kill(pids[0], signal.SIGKILL)
-    await failed
+    await _until(server, lambda status: bool(status["recoveries"]))
     os.kill(pids[2], signal.SIGKILL)
     view.say("kill -9 rank 0, and rank 2 while the server recovers")
     await _committed(server, start + share * 3 // 5)
@@ -158,15 +156,10 @@ async def _inject(server: ServerProcess, view: Any) -> None:
 
 
 async def _committed(server: ServerProcess, tokens: int) -> None:
+    await _until(server, lambda status: status["tokens_committed"] >= tokens)
+
+
+async def _until(server: ServerProcess, holds: Callable[[dict[str, Any]], bool]) -> None:
     deadline = time.monotonic() + 120
-    while (await asyncio.to_thread(server.status))["tokens_committed"] < tokens and time.monotonic() < deadline:
-        await asyncio.sleep(POLL_S / 5)
-
-
-async def _first_event(url: str, kind: str) -> None:
-    import httpx
-
-    async with httpx.AsyncClient(trust_env=False) as client, client.stream("GET", f"{url}/elastic/events", timeout=60) as answer:
-        async for line in answer.aiter_lines():
-            if line.startswith("data: ") and json.loads(line[6:]).get("event") == kind:
-                return
+    while not holds(await asyncio.to_thread(server.status)) and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S / 10)
