@@ -20,8 +20,8 @@ from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable, sequence_phases
 from elastic_ep.runtime.dispatch.base import DispatchHandle, Interrupted, PeerFailed, StepPoint
 from elastic_ep.runtime.dispatch.checks import DTYPES, check_combine, checked_ids
+from elastic_ep.runtime.dispatch.cuda.bindings import MOVE, PUBLISH, WAIT, Args, Library, load_library
 from elastic_ep.runtime.dispatch.cuda.handle import CudaHandle, DeviceBatch
-from elastic_ep.runtime.dispatch.cuda.library import MOVE, PUBLISH, WAIT, Args, Library, load_library
 from elastic_ep.runtime.dispatch.cuda.peers import HostWords, Peers, Watch
 from elastic_ep.runtime.dispatch.cuda.region import Capacity, Hello, Layout, as_tensor
 from elastic_ep.runtime.dispatch.cuda.tables import DeviceTables

@@ -15,7 +15,7 @@ from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.runtime.dispatch.base import FailureKind, Interrupted, PeerFailed
 from elastic_ep.runtime.dispatch.calls import send_whole
 from elastic_ep.runtime.dispatch.channel import Channel
-from elastic_ep.runtime.dispatch.cuda.library import CudaCallError, Library
+from elastic_ep.runtime.dispatch.cuda.bindings import CudaCallError, Library
 from elastic_ep.runtime.dispatch.cuda.region import HELLO_BYTES, Hello
 from elastic_ep.runtime.dispatch.mesh import GONE, Mesh
 

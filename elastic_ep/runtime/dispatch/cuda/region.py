@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.runtime.dispatch.cuda.library import IPC_HANDLE_BYTES, Library
+from elastic_ep.runtime.dispatch.cuda.bindings import IPC_HANDLE_BYTES, Library
 
 _HEADER_BYTES = 4096
 _ALIGN = 256
