@@ -188,10 +188,8 @@ def undo(state: BrainState, reason: str, now: float) -> None:
 
 
 def abandon(state: BrainState, reason: str) -> None:
-    """The server ends before the running operation has."""
-    operation = state.operation
-    assert operation is not None
-    _finish(state, OperationState.FAILED, reason, operation.started)
+    """The server ends before the running operation has; how long it took says nothing."""
+    _finish(state, OperationState.FAILED, reason, None)
 
 
 def check(state: BrainState, now: float) -> None:
@@ -205,7 +203,7 @@ def check(state: BrainState, now: float) -> None:
         _finish(state, OperationState.DONE, "", now)
 
 
-def _finish(state: BrainState, how: OperationState, reason: str, now: float) -> None:
+def _finish(state: BrainState, how: OperationState, reason: str, now: float | None) -> None:
     operation = state.operation
     assert operation is not None
     operation.state, operation.reason, operation.finished = how, reason, now

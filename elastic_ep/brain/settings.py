@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic_ep.brain.load_recorder import WINDOWS_USED
 from elastic_ep.brain.planner import PlanSettings
 from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.core.topology import Topology
@@ -53,7 +54,7 @@ class BrainSettings:
     stage_bytes_per_s: float = 0.0
     max_waiting: int = 1024
     load_window_s: float = 10.0
-    load_windows_kept: int = 8
+    load_windows_kept: int = WINDOWS_USED
     rebalance_interval_s: float = 0.0
     rebalance_min_gain: float = 0.05
 

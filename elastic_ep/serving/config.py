@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from elastic_ep.brain.load_recorder import WINDOWS_USED
 from elastic_ep.brain.planner import PlanSettings
 from elastic_ep.brain.scheduler import SchedulerLimits
 from elastic_ep.brain.settings import BrainSettings
@@ -16,8 +17,10 @@ from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.faults import parse_fault
 from elastic_ep.serving.remote import RemoteRanks
 
+TRACE_WINDOWS = 4096
+"""windows of expert loads that are kept in memory for the trace file"""
 HOST_SPEEDS = LinkSpeeds(same_node=2e9, other_node=1e9, host=5e9, checkpoint=1.5e9)
-"""bytes per second between processes of a CPU host, as benchmarks/recovery.py measures them; they choose among sources"""
+"""bytes per second on a CPU host, assumed, with a checkpoint on a disk and not in the page cache; they only choose among sources"""
 _FLAGS = {
     "kv_tokens": "--kv-tokens",
     "max_sequences": "--max-num-seqs",
@@ -182,6 +185,6 @@ class ServeConfig:
             max_waiting=self.max_waiting,
             rebalance_interval_s=self.rebalance_interval_s,
             rebalance_min_gain=self.rebalance_min_gain,
-            load_windows_kept=8 if self.load_trace is None else 4096,
+            load_windows_kept=WINDOWS_USED if self.load_trace is None else TRACE_WINDOWS,
             load_window_s=max(1.0, self.rebalance_interval_s / 4) if self.rebalance_interval_s else 10.0,
         )

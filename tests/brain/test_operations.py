@@ -240,10 +240,14 @@ def test_a_growth_that_meets_a_group_without_enough_slots_is_undone():
 
 
 def test_an_operation_ends_with_the_server():
+    """Nobody is left to wait for it: it is undone, and says why."""
     world = loaded_world()
     drain(world, 1, how="finish")
-    for rank in range(4):
-        world.brain.state.settings = replace(world.brain.state.settings, restart=False)
-        world.kill(rank)
-    operation = world.brain.state.operations["d"]
-    assert operation.state is not OperationState.RUNNING
+    world.feed(ev.StopRequested())
+    world.settle()
+    state = world.brain.state
+    assert state.stopped
+    operation = state.operations["d"]
+    assert (operation.state, operation.reason) == (OperationState.FAILED, "the server stops")
+    assert operation.as_status()["seconds"] is None
+    check_all(world, 80)
