@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+import elastic_ep
 from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
 from elastic_ep.testing.client import stream_all
 from elastic_ep.testing.server import ServerProcess
@@ -211,15 +212,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=5, help="per source and model")
     parser.add_argument("--sources", nargs="+", default=["checkpoint", "host", "peer"], choices=["checkpoint", "host", "peer"])
-    parser.add_argument("--skip-large", action="store_true", help="the demo's model only")
+    sizes = ["demo", "100M", "2.4GB"]
+    parser.add_argument("--models", nargs="+", default=sizes, choices=sizes, help="the demo's, and generated ones of more bytes")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     cache = Path.home() / ".cache" / "elastic-ep"
-    models = {"demo": ensure_demo_checkpoint(cache / "demo-checkpoint-1")}
-    if not args.skip_large:
-        models["2.4 GB of experts"] = large_checkpoint(cache / "benchmark-recovery-1")
+    makers: dict[str, Callable[[], Path]] = {
+        "demo": lambda: Path(elastic_ep.__file__).parent / "assets" / "demo_model",
+        "100M": lambda: ensure_demo_checkpoint(cache / "demo-checkpoint-1"),
+        "2.4GB": lambda: large_checkpoint(cache / "benchmark-recovery-1"),
+    }
     results: dict[str, Any] = {}
-    for name, checkpoint in models.items():
+    for name in args.models:
+        checkpoint = makers[name]()
         spec = inspect_checkpoint(checkpoint)
         results[name] = {kind: measure(kind, checkpoint, spec, args.kills) for kind in args.sources}
     if args.json:

@@ -90,7 +90,7 @@ def main() -> None:
     from elastic_ep.models.demo_checkpoint import ensure_demo_checkpoint
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="default: the demo's")
+    parser.add_argument("--checkpoint", type=Path, help="default: a generated one of 100 M parameters")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
