@@ -30,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a server that is not there yet")
     reconnect_help = "how long to try to reach a server that a cut network hides"
     parser.add_argument("--reconnect-timeout", type=float, default=3600.0, metavar="SECONDS", help=reconnect_help)
+    parser.add_argument("--fault-file", default="", metavar="FILE", help="for tests: a file of faults that is read whenever it changes")
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="WARNING", help="what to log")
     parser.add_argument("--json", action="store_true", help="print one JSON object whenever the server has given ranks, instead of a line")
 
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         mesh_host=args.mesh_host,
         wait_s=args.wait,
         reconnect_s=args.reconnect_timeout,
+        fault_file=args.fault_file,
     )
 
     def announce(ranks: tuple[int, ...]) -> None:

@@ -145,7 +145,7 @@ class Rank:
     def _prepare_weights(self) -> None:
         config, slots = self.config, self.engine.slots
         if config.host_backup_fd >= 0:
-            slots.backup = HostBackup(config.host_backup_fd, *slots.shape)
+            slots.backup = HostBackup(config.host_backup_fd, *slots.shape, self.faults)
         self.peer_server.find, self.peer_server.faults = slots.bytes_of, self.faults
         self.sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
         turn = (config.rank, max(config.ep_size, config.rank + 1))

@@ -39,6 +39,10 @@ OFFER_TIMEOUT_S = 60.0
 """an agent may have to read the headers of a large checkpoint before it offers"""
 
 
+def no_point(point: str) -> None:
+    """No fault is wanted anywhere."""
+
+
 class Hooks(NamedTuple):
     """What the controller does for its agents.
 
@@ -46,11 +50,15 @@ class Hooks(NamedTuple):
         feed: hand an event to the brain.
         fail: (rank, incarnation, cause, detail) a rank's process failed.
         expects: (rank, incarnation) -> whether this process is, or may become, a member.
+        reach: a fault point is reached.
+        spawned: a process is known to exist.
     """
 
     feed: Callable[[ev.Event], None]
     fail: Callable[[int, int, FailureCause, str], None]
     expects: Callable[[int, int], bool]
+    reach: Callable[[str], None] = no_point
+    spawned: Callable[[], None] = lambda: None
 
 
 class Agent:
@@ -206,7 +214,9 @@ class Agents:
             self._holders[rank] = agent
         given_up = [key for key in offer.running if key[0] not in ranks or not self._hooks.expects(*key)]
         start_over = tuple(StartOver(*key, self.why_given_up(*key)) for key in given_up)
+        self._hooks.reach("seats_offered")
         agent.stream.send(Seated(ranks, start_over))
+        self._hooks.reach("seats_given")
         agent.stream.start_beating(self._terms.beat_s, self._terms.silence_s)
         for rank in ranks:
             incarnation, program = self._wanted.get(rank, (-1, {}))
@@ -250,6 +260,7 @@ class Agents:
             return
         if report.kind == "spawned":
             agent.pids[key] = report.pid
+            self._hooks.spawned()
         elif report.kind == "stopped":
             self._hooks.fail(*key, FailureCause.STOPPED, report.status)
         else:
@@ -260,6 +271,7 @@ class Agents:
         self._all.discard(agent)
         if agent.offer is None or self._closed:
             return
+        self._hooks.reach("seats_lost")
         log.warning("lost the agent of node %s on %s: %s", agent.offer.node, agent.offer.host, reason)
         self._leave(agent.ranks, f"the agent of node {agent.offer.node} is gone: {reason}")
 

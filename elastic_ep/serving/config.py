@@ -14,11 +14,13 @@ from elastic_ep.core.links import LinkSpeeds
 from elastic_ep.core.topology import Topology
 from elastic_ep.models.kernels import kernels
 from elastic_ep.models.spec import ModelSpec
-from elastic_ep.runtime.faults import parse_fault
+from elastic_ep.runtime.faults import RANK_POINTS, parse_fault
 from elastic_ep.serving.remote import RemoteRanks
 
 TRACE_WINDOWS = 4096
 """windows of expert loads that are kept in memory for the trace file"""
+GPU_SPEEDS = LinkSpeeds(same_node=2e9, other_node=1e9, host=50e9, checkpoint=5e9)
+"""the same where slots are in GPU memory: a peer's experts come over sockets, the host's backup over PCIe"""
 HOST_SPEEDS = LinkSpeeds(same_node=2e9, other_node=1e9, host=5e9, checkpoint=1.5e9)
 """bytes per second on a CPU host, assumed, with a checkpoint on a disk and not in the page cache; they only choose among sources"""
 _FLAGS = {
@@ -54,6 +56,8 @@ class ServeConfig:
         load_trace: a .npz file for the recorded loads, [windows, L, E], written when the server stops.
         drain: what happens to the requests of a rank that is drained, unless the request says: "move" or "finish".
         remote: which of the ranks live on other hosts; None for none.
+        device: "cpu", or "cuda": rank r on GPU r of its host, counted round.
+        dispatch: the backend of dispatch and combine: "socket" (also between GPUs, through pinned memory) or "cuda".
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
         fault_file: where running ranks look for faults (see `FaultFile`); for tests.
@@ -85,6 +89,8 @@ class ServeConfig:
     rebalance_min_gain: float = 0.05
     load_trace: str | None = None
     drain: str = "move"
+    device: str = "cpu"
+    dispatch: str = "socket"
     detect: bool = True
     log_level: str = "WARNING"
     remote: RemoteRanks | None = None
@@ -97,6 +103,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.ep_size < 1:
             raise InvalidInputError(f"--ep-size is {self.ep_size}; give at least 1")
+        if self.dispatch == "cuda" and (self.device != "cuda" or self.remote is not None):
+            raise InvalidInputError("--dispatch cuda is for ranks on the GPUs of this host: give --device cuda and no --remote-ranks")
         if not 0 <= self.rebalance_bytes_per_s < float("inf"):
             raise InvalidInputError(f"--rebalance-bytes-per-second is {self.rebalance_bytes_per_s:g}; give 0 (no limit) or more")
         if not 0 <= self.scrub_bytes_per_s < float("inf"):
@@ -124,7 +132,13 @@ class ServeConfig:
             if rank >= self.ep_size:
                 raise InvalidInputError(f"--fault names rank {rank}, --ep-size is {self.ep_size}; ranks are 0 to {self.ep_size - 1}")
             for fault in faults:
-                parse_fault(**fault)
+                if parse_fault(**fault).point not in RANK_POINTS:
+                    raise InvalidInputError(f"--fault names {fault['point']!r}, no place in a rank; give it in a --fault-file")
+
+    @property
+    def num_seats(self) -> int:
+        """Ranks that the cuda dispatch backend has buffers for, those that join later included."""
+        return 2 * self.ep_size
 
     def topology(self, num_experts: int) -> Topology:
         """Slots evenly over the ranks: E + redundant, rounded up to a multiple of the ranks."""
@@ -169,7 +183,7 @@ class ServeConfig:
                 spec.num_experts,
                 stream_when_short=self.when_short == "stream",
                 expert_bytes=slot_bytes,
-                speeds=HOST_SPEEDS,
+                speeds=HOST_SPEEDS if self.device == "cpu" else GPU_SPEEDS,
                 staging_slots=max(1, self.staging_bytes // slot_bytes),
                 spread="rank" if self.remote is None else "node",
             ),

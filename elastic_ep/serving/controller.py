@@ -24,11 +24,12 @@ from elastic_ep.brain.messages import Hello, RankMessage, StartOver
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.recovery import Phase
 from elastic_ep.models.spec import ModelSpec
+from elastic_ep.runtime.faults import FaultFile
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess, ProcessState
 from elastic_ep.runtime.weights.fingerprint import fingerprint
 from elastic_ep.runtime.weights.host import HostBackup
-from elastic_ep.serving.agents import Agents, Hooks
+from elastic_ep.serving.agents import Agents, Hooks, no_point
 from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.config import ServeConfig
 from elastic_ep.serving.eventlog import EventLog
@@ -37,6 +38,7 @@ from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.operation_desk import OperationDesk
 from elastic_ep.serving.rank_program import RankPlace, rank_program
 from elastic_ep.serving.run_dir import make_run_dir
+from elastic_ep.serving.shell_faults import ShellFaults, Victim
 from elastic_ep.serving.status import status_object
 from elastic_ep.serving.stream import RequestStream
 
@@ -86,6 +88,7 @@ class Controller:
         self._backup_fd = -1
         self._backup: HostBackup | None = None
         self._streams: dict[str, RequestStream] = {}
+        self._faults = ShellFaults(FaultFile(config.fault_file), self._victim) if config.fault_file else None
         self._queue: deque[ev.Event] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
@@ -129,7 +132,8 @@ class Controller:
         if remote is None:
             return
         mark = await self._loop.run_in_executor(None, fingerprint, checkpoint)
-        hooks = Hooks(self._feed, self._fail, self.brain.expects)
+        reach = self._faults.reach if self._faults is not None else no_point
+        hooks = Hooks(self._feed, self._fail, self.brain.expects, reach, self._reach_spawned)
         folder = str(Path(checkpoint).resolve())
         self._agents = Agents(remote, self.config.ep_size, folder, mark, self.settings.heartbeat_timeout_s, hooks)
         self._token = self._agents.run_token
@@ -215,7 +219,11 @@ class Controller:
         self._draining = True
         try:
             while self._queue:
-                for command in self.brain.handle(self._queue.popleft(), time.monotonic()):
+                commands = self.brain.handle(self._queue.popleft(), time.monotonic())
+                if self._faults is not None:
+                    self._faults.carry_out(commands, self._execute, self.brain.state)
+                    continue
+                for command in commands:
                     self._execute(command)
             self._set_timer()
         except Exception as error:
@@ -312,6 +320,9 @@ class Controller:
             link.refuse(StartOver(reason))
             return
         self._links[key] = link
+        if self._faults is not None:
+            self._faults.settle()
+            self._faults.reach("rank_connected")
         self._feed(ev.RankConnected(hello))
 
     def _on_message(self, link: RankLink, message: RankMessage) -> None:
@@ -351,10 +362,28 @@ class Controller:
             process = LocalProcess(event.pid, self._loop, lambda: self._on_exit(*key))
             self._processes[key] = process
             process.watch()
+            self._reach_spawned()
         elif event.kind == "stopped":
             self._fail(*key, FailureCause.STOPPED, event.status)
         elif event.kind == "exited":
             self._fail(*key, FailureCause.EXITED, event.status)
+
+    def _reach_spawned(self) -> None:
+        if self._faults is not None:
+            self._faults.settle()
+            self._faults.reach("rank_spawned")
+
+    def _victim(self, rank: int) -> Victim | None:
+        """Who is in the seat, for a fault."""
+        seats = self.brain.state.seats
+        if rank >= len(seats) or not seats[rank].is_alive:
+            return None
+        key = (rank, seats[rank].incarnation)
+        process, link = self._processes.get(key), self._links.get(key)
+        if process is not None:
+            return None if process.has_exited else Victim(key[1], process.pid, link.close if link else None)
+        pids = self._agents.pids() if self._agents is not None else {}
+        return Victim(key[1], pids.get(key), link.close if link else None)
 
     def _on_exit(self, rank: int, incarnation: int) -> None:
         link = self._links.pop((rank, incarnation), None)

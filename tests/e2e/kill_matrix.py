@@ -1,7 +1,7 @@
 """Every fault point x what happens there x to whom, on real processes. `python -m tests.e2e.kill_matrix` runs all cells or a share of them.
 
-One server serves many cells: ranks read each cell's faults from a file, and dead ranks come back before the next cell. A cell passes if
-its faults did happen, no client noticed, every failed member has a recovery record, and the group is whole again afterwards.
+One server serves many cells: its processes read each cell's faults from a file, and dead ranks come back before the next cell. A cell
+passes if its faults did happen, no client noticed, every failed member has a recovery record, and the group is whole again afterwards.
 """
 
 from __future__ import annotations
@@ -10,96 +10,38 @@ import argparse
 import asyncio
 import json
 import os
+import queue
 import random
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 
-from elastic_ep.runtime.faults import FRAME_POINTS, POINTS, FaultAction
+from elastic_ep.runtime.faults import AGENT_POINTS, SHELL_POINTS, FaultFile
 from elastic_ep.testing.client import Recorder, stream_completion
 from elastic_ep.testing.history import Event, History, judge
-from elastic_ep.testing.server import ServerProcess
+from elastic_ep.testing.server import ServerFailed, ServerProcess
 from tests.checkpoints import config_of, save_checkpoint
+from tests.e2e.kill_cells import EP_SIZE, HARMLESS, IN_STEP, JOINER, SHELL_OPERATION, Cell, Fault, Setting, all_cells, cast_of, faults_of
+from tests.e2e.kill_hosts import Backup, Hosts
 
-EP_SIZE = 4
 NUM_STREAMS = 3
 """fewer than ranks, so that one is nobody's home"""
 NUM_TOKENS = 64
 CELL_TIMEOUT_S = 40.0
-ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", "2", "--start-timeout", "6")
+CELLS_PER_SERVER = 60
+ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", "2")
+START_TIMEOUTS_S = (6, 12, 30)
+"""for a process to be ready: tried one after the other until a server starts, as imports take longer on a busy machine"""
 QUICK_RESTART = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2")
-
-IN_STEP = ("step_begin", "dispatch_begin", *FRAME_POINTS, "dispatch_end", "combine_begin", "combine_end", "step_end", "step_told")
-IN_INSTALL = ("install_begin", "install_connected", "install_end", "install_told")
-IN_STAGE = ("stage_begin", "stage_expert", "stage_end", "stage_told")
-IN_JOIN = ("hello_said", "dense_loaded", "dense_told", *IN_STAGE, "load_expert", "expert_loaded")
-IN_PEER = ("serve_expert",)
-WHO = ("home", "another", "rank 0", "two at once", "during the recovery of another")
-HARMLESS = {("serve_expert", "wedge"), ("stage_told", "wedge")}
-"""a thread that has nothing to do hangs: nobody has to notice"""
-
-
-class Cell(NamedTuple):
-    point: str
-    action: str
-    who: str
-
-    def __str__(self) -> str:
-        return f"{self.action} at {self.point}, {self.who}"
-
-
-def all_cells() -> list[Cell]:
-    """Every point, action and choice of victims."""
-    return [Cell(point, action.value, who) for point in POINTS for action in FaultAction for who in WHO]
-
-
-def sample(seed: int, count: int) -> list[Cell]:
-    """`count` cells of different points, as long as there are points."""
-    rng = random.Random(seed)
-    points: list[str] = []
-    while len(points) < count:
-        points += rng.sample(list(POINTS), len(POINTS))
-    return [Cell(point, rng.choice(list(FaultAction)).value, rng.choice(WHO)) for point in points[:count]]
-
-
-def faults_of(cell: Cell, homes: Sequence[int], rng: random.Random) -> list[dict[str, Any]]:
-    """The cell's faults, as `FaultFile` takes them. The ranks of `homes` have requests, the others none."""
-    idle = [rank for rank in range(EP_SIZE) if rank not in homes] or [homes[-1]]
-    home, another = rng.choice([*homes]), rng.choice(idle)
-    if home == another:
-        home = next(rank for rank in range(EP_SIZE) if rank != another)
-    victims = {"home": [home], "rank 0": [0], "two at once": [home, another]}.get(cell.who, [another])
-    bystanders = [rank for rank in range(EP_SIZE) if rank not in victims]
-    rng.shuffle(bystanders)
-    nested = cell.who == "during the recovery of another"
-    nth = rng.randint(1, 20 if cell.point in FRAME_POINTS else 6)
-
-    def fault(rank: int, point: str, action: str = "kill", nth: int = 1, after: int = -1) -> dict[str, Any]:
-        return {"rank": rank, "point": point, "action": action, "nth": nth, "after": after}
-
-    if cell.point in IN_STEP:
-        first = [fault(bystanders[0], "step_begin", nth=2)] if nested else []
-        return first + [fault(v, cell.point, cell.action, 1 if nested else nth, len(first) - 1) for v in victims]
-    if cell.point in IN_INSTALL:
-        first = [fault(bystanders[0], "step_begin", nth=2)]
-        if nested:
-            first.append(fault(bystanders[1], "install_begin", after=0))
-        return first + [fault(v, cell.point, cell.action, after=len(first) - 1) for v in victims]
-    if cell.point in IN_PEER:
-        first = [fault(bystanders[0], "step_begin", nth=2)]
-        # whichever rank is asked: who is, is the transfer plan's choice
-        served = [fault(-1, cell.point, cell.action, after=0) for _ in victims]
-        return first + served + ([fault(bystanders[1], "step_begin", after=1)] if nested else [])
-    first = [fault(v, "step_begin", nth=2) for v in victims]
-    joiners = [fault(v, cell.point, cell.action, after=i) for i, v in enumerate(victims)]
-    return first + joiners + ([fault(bystanders[0], "step_begin", after=1)] if nested else [])
 
 
 @dataclass
@@ -113,14 +55,19 @@ class Outcome:
 
 
 class Matrix:
-    """One server and the cells that run on it, one after the other."""
+    """One server and the cells that run on it, one after the other.
 
-    def __init__(self, server: ServerProcess, fault_file: Path, seed: int) -> None:
+    Args:
+        hosts: the agents of other hosts, if there are any.
+        backup: the memory of the host's backup, if it has one.
+    """
+
+    def __init__(self, server: ServerProcess, fault_file: Path, seed: int, hosts: Hosts | None, backup: Backup | None) -> None:
         self.server = server
         self.file = fault_file
         self.rng = random.Random(seed)
-        vocabulary = self.rng
-        self.prompts = [[vocabulary.randrange(160) for _ in range(vocabulary.randint(1, 40))] for _ in range(NUM_STREAMS)]
+        self.hosts, self.backup = hosts, backup
+        self.prompts = [[self.rng.randrange(160) for _ in range(self.rng.randint(1, 40))] for _ in range(NUM_STREAMS)]
         self.reference: list[Event] = []
         self.cells_run = 0
 
@@ -137,11 +84,12 @@ class Matrix:
     async def status(self) -> dict[str, Any]:
         return await asyncio.to_thread(self.server.status)
 
-    async def when(self, condition: Any, timeout_s: float) -> dict[str, Any]:
+    async def when(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float) -> dict[str, Any]:
         return await asyncio.to_thread(self.server.wait_status, condition, timeout_s)
 
     async def prepare(self) -> None:
         history = History()
+        await self.when(is_whole, CELL_TIMEOUT_S)
         await self.streams(history, reference=True)
         self.reference = history.events
 
@@ -162,34 +110,101 @@ class Matrix:
         before = await self.when(is_whole, CELL_TIMEOUT_S)
         wave = asyncio.create_task(self.streams(history))
         running = await self.when(lambda s: len(homes_of(s)) >= NUM_STREAMS - 1 or wave.done(), 10)
-        homes = homes_of(running) or [1]
-        faults = faults_of(cell, homes, self.rng)
-        name = str(self.cells_run)
-        self._arm(name, faults)
-        deadline = time.monotonic() + CELL_TIMEOUT_S / 2
-        while True:
-            await wave
-            missing = [f for i, f in enumerate(faults) if not os.path.exists(f"{self.file}.{name}.{i}")]
-            if not missing or time.monotonic() > deadline:
-                break
-            wave = asyncio.create_task(self.streams(history))
-        problems += [f"never happened: {fault}" for fault in missing]
+        cast = cast_of(cell, homes_of(running) or [1], lives(before), self.rng)
+        faults = faults_of(cell, cast, self.rng)
+        if self.hosts is not None:
+            self.hosts.begin()
+        self._arm(str(self.cells_run), faults)
+        helper = asyncio.create_task(self._help(cell))
+        try:
+            after = await self._until_over(cell, wave, history, before, faults, problems)
+        finally:
+            helper.cancel()
+            with suppress(asyncio.CancelledError):
+                await helper
+        await self._tidy(cell, faults)
         self._arm("none", [])
-        after = await self._settled(cell, before, faults)
-        problems += check_status(cell, before, after, faults)
+        problems += check_status(before, after, faults)
 
-    async def _settled(self, cell: Cell, before: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any]:
-        """Until the group is whole again, every process that was to die replaced by another."""
-        deaths = expected_deaths(cell, faults)
-        after = await self.when(lambda s: is_whole(s) and starts(s) - starts(before) >= deaths, CELL_TIMEOUT_S / 2)
-        if (cell.point, cell.action) in HARMLESS:  # its hung thread must not meet the next cell
-            for rank in range(EP_SIZE):
-                incarnation = (await self.status())["ranks"][rank]["incarnation"]
-                self.server.signal_rank(rank)
-                await self.when(lambda s, r=rank, i=incarnation: is_whole(s) and s["ranks"][r]["incarnation"] > i, CELL_TIMEOUT_S / 2)
-        return after
+    async def _help(self, cell: Cell) -> None:
+        """What makes the cell's point come by, over and over."""
+        if cell.setting is Setting.BACKUP:
+            assert self.backup is not None
+            while True:
+                self.backup.empty()
+                await asyncio.sleep(0.05)
+        if cell.point in SHELL_OPERATION:
+            async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=CELL_TIMEOUT_S) as client:
+                while True:
+                    await client.post("/scale_elastic_ep", json={"new_ep_size": EP_SIZE + 1})
+                    await client.post(f"/elastic/ranks/{JOINER}/drain", json={})
+                    await asyncio.sleep(0.01)
 
-    def _arm(self, name: str, faults: list[dict[str, Any]]) -> None:
+    async def _until_over(
+        self, cell: Cell, wave: asyncio.Task[None], history: History, before: dict[str, Any], faults: list[Fault], problems: list[str]
+    ) -> dict[str, Any]:
+        """Send requests until all faults have happened and each process that was to die has been replaced."""
+        deadline = time.monotonic() + CELL_TIMEOUT_S / 2
+        while missing := [f for i, f in enumerate(faults) if not os.path.exists(self._fault_file().marker(i))]:
+            if time.monotonic() > deadline:
+                break
+            if wave.done():
+                wave = asyncio.create_task(self.streams(history))
+            await asyncio.sleep(0.005)
+        problems += [f"never happened: {fault}" for fault in missing]
+        if self.hosts is not None:
+            self.hosts.mend(cell, self._victims(faults, AGENT_POINTS))
+        if cell.point in SHELL_OPERATION:
+            await wave
+            return await self._undo_operations()
+        while not (await self._is_over(before, faults)):
+            if time.monotonic() > deadline + CELL_TIMEOUT_S / 4:
+                raise TimeoutError(f"the status is {await self.status()}")
+            if wave.done() and cell.action == "wedge":  # found only while there is something to do
+                wave = asyncio.create_task(self.streams(history))
+            await asyncio.sleep(0.01)
+        await wave
+        return await self.when(is_whole, CELL_TIMEOUT_S / 2)
+
+    async def _is_over(self, before: dict[str, Any], faults: list[Fault]) -> bool:
+        status = await self.status()
+        return is_whole(status) and has_replaced(before, status, faults) and (self.hosts is None or self.hosts.is_over())
+
+    async def _undo_operations(self) -> dict[str, Any]:
+        """Back to the seats that there were: an operation may have given up another one than it was to."""
+        async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=CELL_TIMEOUT_S) as client:
+            while not is_whole(status := await self.status()):
+                retired = [rank["rank"] for rank in status["ranks"] if rank["state"] == "retired"]
+                if any(rank < EP_SIZE for rank in retired):
+                    await client.post("/scale_elastic_ep", json={"new_ep_size": len(status["ranks"])})
+                elif len(status["ranks"]) > JOINER and JOINER not in retired:
+                    await client.post(f"/elastic/ranks/{JOINER}/drain", json={})
+                await asyncio.sleep(0.01)
+        return status
+
+    async def _tidy(self, cell: Cell, faults: list[Fault]) -> None:
+        """Processes with a thread that hangs, which nobody has to notice, must not meet the next cell."""
+        if (cell.point, cell.action) not in HARMLESS:
+            return
+        for pid in self._victims(faults, [cell.point]):
+            status = await self.status()
+            for rank in status["ranks"]:
+                if rank["pid"] == pid:
+                    self.server.signal_rank(rank["rank"])
+                    life, place = rank["incarnation"], rank["rank"]
+                    await self.when(lambda s, r=place, i=life: is_whole(s) and lives(s)[r] > i, CELL_TIMEOUT_S / 2)
+
+    def _fault_file(self) -> FaultFile:
+        file = FaultFile(str(self.file))
+        file.has_changed()
+        return file
+
+    def _victims(self, faults: list[Fault], points: Any) -> list[int]:
+        """The processes to which the faults at these points happened."""
+        file = self._fault_file()
+        return [pid for i, f in enumerate(faults) if f["point"] in points and (pid := file.victim(i)) is not None]
+
+    def _arm(self, name: str, faults: list[Fault]) -> None:
         new = self.file.with_suffix(".new")
         new.write_text(json.dumps({"id": name, "faults": faults}))
         new.rename(self.file)
@@ -200,25 +215,36 @@ def homes_of(status: dict[str, Any]) -> list[int]:
 
 
 def is_whole(status: dict[str, Any]) -> bool:
-    return sum(status["active_ranks"]) == EP_SIZE and status["phase"] == "serving"
+    """All seats that belong there are filled, no other, and every host is here."""
+    states = [rank["state"] for rank in status["ranks"]]
+    is_away = any(node["absent_ranks"] for node in status.get("nodes", []))
+    return (
+        states[:EP_SIZE] == ["active"] * EP_SIZE and set(states[EP_SIZE:]) <= {"retired"} and status["phase"] == "serving" and not is_away
+    )
 
 
-def starts(status: dict[str, Any]) -> int:
-    return sum(rank["incarnation"] for rank in status["ranks"])
+def lives(status: dict[str, Any]) -> list[int]:
+    """Which process sits in each seat."""
+    return [rank["incarnation"] for rank in status["ranks"]]
 
 
-def expected_deaths(cell: Cell, faults: list[dict[str, Any]]) -> int:
-    """Processes that end or are ended in the cell. The same process is not counted twice: each fault is in another, or after a death."""
-    harmless = sum(f["point"] == cell.point and (f["point"], f["action"]) in HARMLESS for f in faults)
-    return len(faults) - harmless - (len([f for f in faults if f["rank"] == -1]) - 1 if cell.point in IN_PEER else 0)
+def has_replaced(before: dict[str, Any], after: dict[str, Any], faults: list[Fault]) -> bool:
+    """Whether every process that was to end has. Each fault is in another one, or after a death."""
+    ends = [f for f in faults if f["point"] not in AGENT_POINTS and (f["point"], f["action"]) not in HARMLESS]
+    wanted = Counter(f["rank"] for f in ends if f["rank"] >= 0)
+    # of two that are whoever comes first, the second may have been in the same process
+    somebody = any(f["rank"] == -1 for f in ends)
+    replaced = {rank: new - old for rank, (old, new) in enumerate(zip(lives(before), lives(after), strict=False))}
+    return all(replaced[rank] >= count for rank, count in wanted.items()) and sum(replaced.values()) >= wanted.total() + somebody
 
 
-def check_status(cell: Cell, before: dict[str, Any], after: dict[str, Any], faults: list[dict[str, Any]]) -> list[str]:
+def check_status(before: dict[str, Any], after: dict[str, Any], faults: list[Fault]) -> list[str]:
     """Records of all members that failed, whose phases add up."""
     problems = []
     records = [record for record in after["recoveries"] if record["epoch"] > before["epoch"]]
-    recorded = {rank for record in records if record["kind"] not in ("rejoin", "restore") for rank in record["ranks"]}
-    members = {f["rank"] for f in faults if f["rank"] >= 0 and f["point"] in IN_STEP}
+    recorded = {rank for record in records if record["tier"] < 2 for rank in record["ranks"]}
+    at_members = [f for f in faults if f["point"] in (*IN_STEP, *SHELL_POINTS) and not f["incarnation"]]
+    members = {f["rank"] for f in at_members if 0 <= f["rank"] < EP_SIZE}
     if members - recorded:
         problems.append(f"no recovery record of ranks {sorted(members - recorded)}: {[(r['kind'], r['ranks']) for r in records]}")
     for record in records:
@@ -228,13 +254,31 @@ def check_status(cell: Cell, before: dict[str, Any], after: dict[str, Any], faul
     return problems
 
 
+def start(checkpoint: Path, timeouts_s: Sequence[int], fault_file: Path, more: Sequence[str]) -> ServerProcess:
+    """A server that has started, with the first of these start timeouts that let it. Raises ServerFailed."""
+    for i, timeout in enumerate(timeouts_s):
+        arguments = (*ARGUMENTS, *QUICK_RESTART, "--start-timeout", str(timeout), "--fault-file", str(fault_file), *more)
+        try:
+            return ServerProcess(checkpoint, *arguments).__enter__()
+        except ServerFailed:
+            if i == len(timeouts_s) - 1:
+                raise
+    raise AssertionError("no timeout was given")
+
+
 def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) -> Iterator[Outcome]:
-    """Run cells on a server; a cell that fails costs the server its life, so that the next begins on a sound one."""
+    """Run cells of one setting on a server; a cell that fails costs the server its life, so that the next begins on a sound one."""
     left = list(cells)
+    setting = left[0].setting
     while left:
-        file = folder / f"faults-{len(left)}.json"
-        with ServerProcess(checkpoint, *ARGUMENTS, *QUICK_RESTART, "--fault-file", str(file)) as server:
-            matrix = Matrix(server, file, seed)
+        file = folder / f"faults-{setting.name}-{len(left)}.json"
+        with ExitStack() as stack:
+            hosts = stack.enter_context(Hosts(folder, file)) if setting is Setting.AGENTS else None
+            more = ("--host-backup", "experts") if setting is Setting.BACKUP else hosts.arguments if hosts else ()
+            server = start(checkpoint, START_TIMEOUTS_S[2:] if hosts else START_TIMEOUTS_S, file, more)
+            stack.callback(server.stop)
+            backup = Backup(server.process.pid, server.facts) if setting is Setting.BACKUP else None
+            matrix = Matrix(server, file, seed, hosts, backup)
             asyncio.run(matrix.prepare())
             while left:
                 outcome = asyncio.run(matrix.run(left.pop(0)))
@@ -243,28 +287,64 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
                     break
 
 
+def run_all(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int, jobs: int) -> Iterator[Outcome]:
+    """Run cells of any settings, on `jobs` servers at once, the settings that take longest first."""
+    shares: queue.Queue[list[Cell]] = queue.Queue()
+    for setting in (Setting.AGENTS, Setting.BACKUP, Setting.PLAIN):
+        of_setting = [cell for cell in cells if cell.setting is setting]
+        for start in range(0, len(of_setting), CELLS_PER_SERVER):
+            shares.put(of_setting[start : start + CELLS_PER_SERVER])
+    outcomes: queue.Queue[Outcome | BaseException | None] = queue.Queue()
+
+    def work(job: int) -> None:
+        try:
+            while True:
+                share = shares.get_nowait()
+                mine = folder / f"job-{job}-{shares.qsize()}"
+                mine.mkdir()
+                for outcome in run_cells(checkpoint, mine, share, seed):
+                    outcomes.put(outcome)
+        except queue.Empty:
+            outcomes.put(None)
+        except BaseException as error:
+            outcomes.put(error)
+
+    for job in range(jobs):
+        threading.Thread(target=work, args=(job,), daemon=True).start()
+    running = jobs
+    while running:
+        outcome = outcomes.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is None:
+            running -= 1
+        else:
+            yield outcome
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="kill_matrix", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the order, the victims and the moments")
     parser.add_argument("--cells", type=int, help="how many; all if not given")
-    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--only", default="", help="cells whose name contains this; several are separated by |")
+    parser.add_argument("--jobs", type=int, default=2, help="servers at once")
     args = parser.parse_args()
-    cells = [cell for cell in all_cells() if args.only in str(cell)]
+    cells = [cell for cell in all_cells() if any(word in str(cell) for word in args.only.split("|"))]
     random.Random(args.seed).shuffle(cells)
     cells = cells[: args.cells]
     started, failed, times = time.monotonic(), 0, Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = save_checkpoint(folder / "model", config_of("qwen3_moe"))
-        for i, outcome in enumerate(run_cells(checkpoint, folder, cells, args.seed), 1):
-            times[outcome.cell.action] += outcome.seconds
+        for i, outcome in enumerate(run_all(checkpoint, folder, cells, args.seed, args.jobs), 1):
+            times[outcome.cell.setting.name] += outcome.seconds
             failed += bool(outcome.problems)
             word = "FAILED" if outcome.problems else "ok"
             print(f"{i}/{len(cells)} {word} {outcome.seconds:.1f} s, gap {outcome.longest_gap_s * 1e3:.0f} ms: {outcome.cell}", flush=True)
             for problem in outcome.problems[:5]:
                 print(f"    {problem}"[:600], flush=True)
     seconds = time.monotonic() - started
-    print(f"{len(cells)} cells, {failed} failed, {seconds:.0f} s, seed {args.seed}; seconds by action: {dict(times)}")
+    print(f"{len(cells)} cells, {failed} failed, {seconds:.0f} s, seed {args.seed}; seconds by setting: {dict(times)}")
     return 1 if failed else 0
 
 

@@ -34,6 +34,7 @@ from elastic_ep.runtime.control.agent_messages import (
 )
 from elastic_ep.runtime.control.agent_stream import AgentStream
 from elastic_ep.runtime.control.auth import AuthError, Role, derive_token
+from elastic_ep.runtime.faults import FaultFile, FaultPlan
 from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
 from elastic_ep.runtime.launch.process import LocalProcess
 from elastic_ep.runtime.weights.fingerprint import fingerprint
@@ -64,6 +65,7 @@ class AgentConfig:
         mesh_host: address of this host at which peers reach its ranks; None: the one from which it reaches the controller.
         wait_s: how long to try to reach a controller that has not been there yet; reconnect_s: after a cut.
         preload, target: what the zygote imports, and a rank's program (`module:function`).
+        fault_file: where this agent looks for faults (see `FaultFile`); for tests.
     """
 
     controller: str
@@ -76,6 +78,7 @@ class AgentConfig:
     mesh_host: str | None = None
     wait_s: float = 60.0
     reconnect_s: float = 3600.0
+    fault_file: str = ""
 
 
 class Agent:
@@ -94,6 +97,7 @@ class Agent:
         self._terms: Terms | None = None
         self._mesh_host = ""
         self._stopping: asyncio.Event
+        self._faults = FaultPlan(file=FaultFile(config.fault_file) if config.fault_file else None)
 
     def stop(self) -> None:
         """End `run()` soon, and the ranks with it."""
@@ -157,6 +161,7 @@ class Agent:
             except ElasticEPError as error:
                 settle(AgentError(str(error)))
 
+        self._faults.control = sock
         stream = self._stream = AgentStream(on_message, lambda reason: settle(_Lost(reason)), self._beat)
         sock.setblocking(False)
         await self._loop.create_connection(lambda: stream, sock=sock)
@@ -173,17 +178,26 @@ class Agent:
     def _obey(self, message: OrderMessage, settle: Callable[[Exception | None], None]) -> None:
         match message:
             case Terms():
+                self._faults.reach("agent_terms")
                 self._accept(message)
+                self._faults.reach("agent_offered")
             case Seated():
+                self._faults.ranks = message.ranks
+                self._faults.reach("agent_seated")
                 for process in message.start_over:
                     log.warning("told to start over: %s", process.reason)
                     self._kill((process.rank, process.incarnation))
                 self._on_seated(message.ranks)
             case StartProcess():
+                self._faults.reach("agent_start")
                 self._start(message)
+                self._faults.reach("agent_started")
             case KillProcess():
+                self._faults.reach("agent_kill")
                 self._kill((message.rank, message.incarnation))
+                self._faults.reach("agent_killed")
             case Refused():
+                self._faults.ranks = ()
                 settle(AgentError(f"refused: {message.reason}") if message.is_final else _Later(message.reason))
             case Goodbye():
                 settle(None)
@@ -209,6 +223,7 @@ class Agent:
         self._stream.start_beating(terms.beat_s, terms.silence_s)
 
     def _beat(self) -> Beat:
+        self._faults.reach("agent_beat")
         return Beat(tuple((*key, process.state().letter) for key, process in self._processes.items()))
 
     # ---- processes
@@ -242,13 +257,19 @@ class Agent:
         key = (event.rank, event.incarnation)
         self._unreported.discard(key)
         if event.kind == "spawned":
+            self._faults.reach("agent_spawned")
             process = self._processes[key] = LocalProcess(event.pid, self._loop, lambda: None)
             process.watch()
             if key in self._doomed:
                 process.kill()
         elif event.kind == "exited":
+            self._faults.reach("agent_exited")
             self._forget(key)
         self._report(event)
+        if event.kind == "spawned":
+            self._faults.reach("agent_spawned_told")
+        elif event.kind == "exited":
+            self._faults.reach("agent_exited_told")
 
     def _report(self, event: ProcessEvent) -> None:
         log.info("rank %d (process %d, pid %d) %s %s", event.rank, event.incarnation, event.pid, event.kind, event.status)

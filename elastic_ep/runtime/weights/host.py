@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.core.errors import CheckpointError, InvalidInputError
+from elastic_ep.runtime.faults import FaultPlan
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,13 @@ class HostBackup:
 
     Args:
         fd: from `create`. It stays the caller's.
+        faults: for tests.
     """
 
     kind = "host"
 
-    def __init__(self, fd: int, num_layers: int, num_experts: int, slot_bytes: int) -> None:
+    def __init__(self, fd: int, num_layers: int, num_experts: int, slot_bytes: int, faults: FaultPlan | None = None) -> None:
+        self._faults = faults or FaultPlan()
         self._fd = fd
         self._slot_bytes = slot_bytes
         count = num_layers * num_experts
@@ -73,11 +76,19 @@ class HostBackup:
         slot.numpy()[:] = self._slots[layer, expert]
         return self._slot_bytes
 
+    def view(self, layer: int, expert: int) -> NDArray[np.uint8]:
+        """uint8 [slot_bytes]: the expert's bytes in place, whether they are ready or not."""
+        view: NDArray[np.uint8] = self._slots[layer, expert]
+        return view
+
     def write(self, layer: int, expert: int, slot: torch.Tensor, digest: int) -> None:
         """Take a copy of verified bytes (uint8 [slot_bytes])."""
+        self._faults.reach("backup_begin", layer=layer, expert=expert)
         self._slots[layer, expert] = slot.numpy()
         self._digests[layer, expert] = digest
+        self._faults.reach("backup_bytes", layer=layer, expert=expert)
         self._ready[layer, expert] = 1
+        self._faults.reach("backup_end", layer=layer, expert=expert)
 
     def known_digest(self, layer: int, expert: int) -> int | None:
         """What `write` was told; None while it is not there."""

@@ -76,7 +76,9 @@ class PeerServer:
                 found = self.find(layer, expert)
                 data = memoryview(b"") if found is None else found.numpy().data
                 sock.sendall(_LENGTH.pack(len(data)))
+                self.faults.reach("serve_length", layer=layer, expert=expert)
                 _send(sock, data)
+                self.faults.reach("serve_end", layer=layer, expert=expert)
         except OSError:
             pass  # the peer is done, or gone
         finally:
