@@ -99,14 +99,18 @@ class Brain:
     def next_deadline(self) -> float | None:
         """When TimePassed is due, if nothing else happens."""
         state = self.state
-        times = [state.boot_deadline, state.fence_deadline, state.silence_check_at, state.starts_due_at, state.rebalance_at]
-        times.append(state.changes_wait_until)
-        if state.change:
-            times.append(state.change.deadline)
+        due = state.silence_check_at
+        for at in (state.boot_deadline, state.fence_deadline, state.starts_due_at, state.rebalance_at, state.changes_wait_until):
+            if at is not None and at < due:
+                due = at
+        if state.change is not None and state.change.deadline is not None and state.change.deadline < due:
+            due = state.change.deadline
         for transaction in (state.step, state.install):
-            if transaction:
-                times += [transaction.deadline, transaction.verdict_at]
-        return min((t for t in times if t is not None), default=None)
+            if transaction is not None:
+                due = min(due, transaction.deadline)
+                if transaction.verdict_at is not None and transaction.verdict_at < due:
+                    due = transaction.verdict_at
+        return due
 
     def refusal(self) -> tuple[str, str] | None:
         """Why a new request can't be taken now: ("queue_full" | "unavailable", reason), or None."""

@@ -28,6 +28,7 @@ class SeatState(enum.Enum):
 
 
 _S = SeatState
+_GONE = (_S.FENCING, _S.DEAD, _S.RETIRED)
 _ALLOWED: dict[SeatState, tuple[SeatState, ...]] = {
     _S.STARTING: (_S.LOADING, _S.FENCING),
     _S.LOADING: (_S.READY, _S.FENCING),
@@ -78,4 +79,4 @@ class Seat:
     @property
     def is_alive(self) -> bool:
         """Its process may be running and has not been given up."""
-        return self.state not in (SeatState.FENCING, SeatState.DEAD, SeatState.RETIRED)
+        return self.state not in _GONE

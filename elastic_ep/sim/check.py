@@ -35,8 +35,9 @@ class Outcome:
     trace: tuple[str, ...] = ()
 
 
-def run(schedule: Schedule, *, with_trace: bool = False) -> Outcome:
-    """One run, from the start of its processes until every request has ended or a promise is broken."""
+def run(schedule: Schedule, *, with_trace: bool = False, with_digest: bool = True) -> Outcome:
+    """One run, from the start of its processes until every request has ended or a promise is broken. Without `with_digest` only a
+    failure is given its hash."""
     predicate, what = "", ""
     world = World(schedule, predicates.check)
     try:
@@ -50,10 +51,10 @@ def run(schedule: Schedule, *, with_trace: bool = False) -> Outcome:
         if with_trace:
             what += "\n" + traceback.format_exc()
     timeline, state = world.timeline, world.brain.state
-    trace = tuple(timeline.trace) if with_trace else ()
+    trace = tuple(timeline.trace()) if with_trace else ()
     return Outcome(
         schedule.seed,
-        timeline.digest(),
+        timeline.digest() if with_digest or predicate else "",
         predicate,
         what,
         timeline.happened,
@@ -66,14 +67,12 @@ def run(schedule: Schedule, *, with_trace: bool = False) -> Outcome:
 
 def drive(world: World) -> None:
     """Until it is over, or until it should be. Raises Violation, or whatever the brain raised."""
-    healed_at: float | None = None
-    while not world.is_over and world.timeline.happened < MAX_EVENTS:
-        if not world.step():
+    timeline, healed_at = world.timeline, None
+    while not world.is_over and timeline.happened < MAX_EVENTS:
+        if not world.step() or world.stopped is not None:
             break
-        if world.stopped is not None:
-            break
-        if healed_at is None and world.is_past_faults:
-            healed_at = world.timeline.now
-        if healed_at is not None and world.timeline.now > healed_at + PATIENCE_S:
+        if healed_at is None:
+            healed_at = timeline.now if world.is_past_faults else None
+        elif timeline.now > healed_at + PATIENCE_S:
             break
     predicates.check_end(world, PATIENCE_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from elastic_ep.sim.timeline import Timeline
@@ -42,7 +43,7 @@ class Network:
         self.timeline = timeline
         self.latency_s = latency_s
         self.loss = loss
-        self._rng = rng
+        self._random = rng.random
         self._wires: dict[tuple[int, int], Wire] = {}
 
     def wire(self, a: int, b: int) -> Wire:
@@ -53,8 +54,8 @@ class Network:
         return found
 
     def delay(self, wire: Wire) -> float:
-        seconds = self.latency_s * (0.2 + 1.6 * self._rng.random()) * wire.factor
-        if self.loss and self._rng.random() < self.loss:
+        seconds = self.latency_s * (0.2 + 1.6 * self._random()) * wire.factor
+        if self.loss and self._random() < self.loss:
             seconds += 0.2
         return seconds
 
@@ -86,13 +87,16 @@ class Channel:
         """what the next message is delayed by, beside the usual"""
         self.is_closed = False
 
-    def send(self, *item: Any) -> None:
+    def send(self, item: Any) -> None:
         if self.is_closed:
             return
         if self._wire.is_cut:
-            self._wire.held.append(lambda: self.send(*item))
+            self._wire.held.append(partial(self.send, item))
             return
-        when = max(self._last, self._net.timeline.now + self._net.delay(self._wire) + self.extra_s)
+        timeline = self._net.timeline
+        when = timeline.now + self._net.delay(self._wire) + self.extra_s
+        if when < self._last:
+            when = self._last
         self.extra_s = 0.0
         self._last = when
-        self._net.timeline.at(when, self._deliver, *item)
+        timeline.at(when, self._deliver, item)

@@ -9,13 +9,14 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.messages import Heartbeat, Hello, Install, LoadOrder, SamplingParams
 from elastic_ep.core.recovery import Phase
-from elastic_ep.sim import faults, planning
+from elastic_ep.sim import faults, planning, tokens
 from elastic_ep.sim.mesh import EOF, Call
 from elastic_ep.sim.network import CONTROLLER, Channel, Network
 from elastic_ep.sim.process import Process
@@ -25,13 +26,14 @@ from elastic_ep.sim.timeline import Timeline
 
 LATENCY_S = 0.0002
 MAX_AT_ONCE = 2000
+NEVER = 1 << 60
 
 
 class LivelockError(Exception):
     """The brain keeps itself busy without any time passing."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Heard:
     """One event that the brain was given, and what it answered. `fingerprint` is set where it came from a process given up before."""
 
@@ -41,6 +43,8 @@ class Heard:
     after: tuple[Any, ...] | None = None
     is_beat: bool = False
     """a sign of life that led to nothing"""
+    has_installed: bool = False
+    """an epoch has just come into force"""
 
 
 @dataclass
@@ -52,6 +56,11 @@ class Client:
     finish: str = ""
     error: str = ""
     is_cancelled: bool = False
+
+    @cached_property
+    def wanted(self) -> list[int]:
+        """What a run without faults gives."""
+        return tokens.expected_tokens(self.request.prompt, self.request.max_tokens)
 
 
 class World:
@@ -90,6 +99,10 @@ class World:
         self.fenced_at = 0.0
         self.committed: set[int] = set()
         self.last_epoch = 0
+        self.judged: Any = None
+        """membership and phase of the brain when all predicates were asked last"""
+        self.looked_at: dict[Process, tuple[Routing, Any]] = {}
+        """tables and contents of each process when they were last compared"""
         self.saw_down = False
         self.ordered: dict[tuple[int, int], set[tuple[int, int]]] = {}
         """(epoch, step) -> processes that were told to run it"""
@@ -104,6 +117,7 @@ class World:
         self._faults = deque(sorted(schedule.faults, key=lambda f: f.after))
         self._orders = deque(sorted(schedule.orders, key=lambda o: o.after))
         self._cancels: list[tuple[int, str]] = []
+        self._next_at = 0
         for rank in range(schedule.ep_size):
             self.timeline.after(0.001 * self.rng.random(), self.spawn, rank, 0)
         self._set_timer()
@@ -139,7 +153,17 @@ class World:
 
     def step(self) -> bool:
         """One event. False when there is none, which no world with a living process reaches."""
-        moment = self.timeline.happened
+        is_due = self.timeline.happened >= self._next_at and self._take_scheduled(self.timeline.happened)
+        if not is_due and not self.timeline.step():
+            if not (self._requests or self._faults or self._cancels or self._orders):
+                return False
+            self.timeline.happened += 1
+        if self.heard or self.facts:
+            self.checked()
+        return True
+
+    def _take_scheduled(self, moment: int) -> bool:
+        """Do the first thing of the schedule that is due after so many events. False when none is."""
         if self._requests and self._requests[0].after <= moment:
             self.submit(self._requests.popleft())
         elif self._faults and self._is_due(self._faults[0], moment):
@@ -148,19 +172,23 @@ class World:
             self.order(self._orders.popleft())
         elif self._cancels and self._cancels[0][0] <= moment:
             self.cancel(self._cancels.pop(0)[1])
-        elif not self.timeline.step():
-            if not (self._requests or self._faults or self._cancels or self._orders):
-                return False
-            self.timeline.happened += 1
-        self.checked()
+        else:
+            self._find_next()
+            return False
+        self._find_next()
         return True
+
+    def _find_next(self) -> None:
+        """After how many events something of the schedule may be due."""
+        waiting = [queue[0].after for queue in (self._requests, self._faults, self._orders) if queue]
+        waiting += [self._cancels[0][0]] if self._cancels else []
+        self._next_at = min(waiting, default=NEVER)
 
     def checked(self) -> None:
         """Ask the predicates about what has just happened."""
-        if self.heard or self.facts:
-            self._check(self)
-            self.heard.clear()
-            self.facts.clear()
+        self._check(self)
+        self.heard.clear()
+        self.facts.clear()
 
     def _is_due(self, fault: Fault, moment: int) -> bool:
         if fault.after > moment:
@@ -215,7 +243,7 @@ class World:
             is_beat = not commands and before is None and isinstance(event, ev.RankSaid) and isinstance(event.message, Heartbeat)
             self.heard.append(Heard(event, commands, before, after, is_beat))
             if not is_beat:
-                self.timeline.note(planning.describe(event, commands))
+                self.timeline.note((planning.describe, event, commands))
             for command in commands:
                 self.execute(command)
             self.checked()
@@ -243,6 +271,8 @@ class World:
                     self.planned(answer)
             case ev.Probe():
                 self.timeline.after(LATENCY_S, self.probe, command.rank, command.incarnation)
+            case ev.Publish():
+                self.heard[-1].has_installed |= command.kind == "installed"
             case ev.Stopped():
                 self.stopped = command.error
 
@@ -282,20 +312,16 @@ class World:
         process = Process(self, rank, incarnation, 1.0 + 0.1 * (self.rng.random() - 0.5))
         self.processes[rank, incarnation] = process
         self.by_address[process.address] = process
-        self.down[rank, incarnation] = Channel(self.net, CONTROLLER, rank, self._hearer(process))
+        self.down[rank, incarnation] = Channel(self.net, CONTROLLER, rank, partial(process.guarded, process.hear))
         process.start()
         if rank in self.doomed:
             self.timeline.after(self.doomed.pop(rank), faults.crash, self, process)
-
-    @staticmethod
-    def _hearer(process: Process) -> Any:
-        return lambda message: process.guarded(process.hear, message)
 
     def feed_failure(self, process: Process, cause: ev.FailureCause) -> None:
         self.feed(ev.RankFailed(process.rank, process.incarnation, cause))
 
     def open_channel(self, process: Process) -> Channel:
-        return Channel(self.net, process.rank, CONTROLLER, lambda message: self.on_message(process, message))
+        return Channel(self.net, process.rank, CONTROLLER, partial(self.on_message, process))
 
     def on_message(self, process: Process, message: Any) -> None:
         """Something a process said arrives; also of one given up, as it may have been on its way."""
