@@ -31,6 +31,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
     parser.add_argument("--served-model-name", metavar="NAME", help="name clients use; the folder's name if not given")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="type to compute in; the checkpoint's if not given")
+    device_help = "where ranks compute; with cuda, rank r takes GPU r of its host, counted round, so that several may share one"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=device_help)
+    dispatch_help = (
+        "how tokens reach experts. socket: a mesh of sockets, on any host, also between ranks on GPUs (through pinned memory). cuda: peers' "
+        "GPU memory, read in place by kernels; for one host with a GPU for each rank"
+    )
+    parser.add_argument("--dispatch", choices=["socket", "cuda"], default="socket", help=dispatch_help)
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + completion; default: all that fits")
     parser.add_argument("--kv-tokens", type=int, default=32768, metavar="TOKENS", help="KV cache of each rank")
     parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="sequences at home on one rank at once")
@@ -120,6 +127,8 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         num_redundant_experts=args.num_redundant_experts,
         dtype=args.dtype,
         fast_math=args.fast_math,
+        device=args.device,
+        dispatch=args.dispatch,
         kv_tokens=args.kv_tokens,
         max_sequences=args.max_num_seqs,
         max_batch_tokens=args.max_num_batched_tokens,

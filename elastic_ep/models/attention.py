@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface
@@ -12,9 +12,27 @@ from elastic_ep.models.build import IMPLEMENTATION
 from elastic_ep.models.kv import PagedKV, Runs
 
 
+class Attention(Protocol):
+    """What each attention module of one engine has as `elastic_attention`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Store the step's keys and values, then attend: query [1, heads, T, key dim], key and value [1, kv heads, T, dim] of the step's
+        tokens -> [1, T, heads, value dim]."""
+        ...
+
+
 @dataclass
 class AttentionState:
-    """What the attention of one engine needs of the step in progress. One object shared by all layers.
+    """The attention of one engine and what it needs of the step in progress. One object shared by all layers.
 
     Attributes:
         num_tokens: real rows; those after it are padding and get zeros.
@@ -23,6 +41,24 @@ class AttentionState:
     kv: PagedKV
     runs: Runs | None = None
     num_tokens: int = 0
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Attention.attend`."""
+        assert self.runs is not None, "attention outside of a step"
+        out = torch.empty(query.shape[2], query.shape[1], value.shape[3], dtype=torch.float32)
+        out[self.num_tokens :] = 0
+        sinks = None if sinks is None else sinks.float()
+        self.kv.attend(layer, _by_token(query), _by_token(key), _by_token(value), out, self.runs, scale, window, sinks)
+        return out.to(query.dtype).unsqueeze(0)
 
 
 def attend(
@@ -36,23 +72,9 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query [1, heads, T, key dim], key and value [1, kv heads, T, dim] of the step's tokens -> [1, T, heads, value dim]."""
-    state: AttentionState = module.elastic_attention  # type: ignore[assignment]
-    assert state.runs is not None, "attention outside of a step"
-    out = torch.empty(query.shape[2], query.shape[1], value.shape[3], dtype=torch.float32)
-    out[state.num_tokens :] = 0
-    state.kv.attend(
-        module.layer_idx,  # type: ignore[arg-type]
-        _by_token(query),
-        _by_token(key),
-        _by_token(value),
-        out,
-        state.runs,
-        scaling,
-        sliding_window or 0,
-        None if s_aux is None else s_aux.float(),
-    )
-    return out.to(query.dtype).unsqueeze(0), None
+    """The function that transformers calls."""
+    attention: Attention = module.elastic_attention  # type: ignore[assignment]
+    return attention.attend(module.layer_idx, query, key, value, scaling, sliding_window or 0, s_aux), None  # type: ignore[arg-type]
 
 
 def _by_token(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from transformers.activations import SiLUActivation
 from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
-from elastic_ep.models.attention import AttentionState
+from elastic_ep.models.attention import Attention, AttentionState
 from elastic_ep.models.build import build_model, experts_module, load_dense, router_weights, use_row_kernels
 from elastic_ep.models.experts import LayerExperts, StepState, StepVoid
 from elastic_ep.models.kv import PagedKV
@@ -74,6 +74,7 @@ class ElasticEngine:
         self._num_spare = num_spare
         self._num_threads = num_threads
         self._count_experts = count_experts
+        self._layers: list[LayerExperts] = []
 
     def load_dense(self) -> None:
         """Read all weights except routed experts, and check this processor's arithmetic. Raises CheckpointError, InvalidInputError."""
@@ -84,39 +85,37 @@ class ElasticEngine:
         reader = TensorReader(spec.tensors)
         self._model = build_model(spec, self.dtype)
         self.dense_bytes = load_dense(self._model, spec, reader, self.dtype)
-        self.kv = PagedKV(spec.config["num_hidden_layers"], family.kv_shape(spec.config), self._kv_tokens)
         layout = SlotLayout(family.parts(spec.expert_shape), self.dtype)
         modules = [experts_module(self._model, layer) for layer in spec.moe_layers]
-        self.slots = ExpertSlots(
-            spec.num_layers,
-            self._local_slots,
-            spec.num_experts,
-            layout,
-            CheckpointSource(reader, layout, self._pieces),
-            bool(modules[0].is_transposed),
-            self._num_spare,
-        )
+        attention = self._place(layout, CheckpointSource(reader, layout, self._pieces), bool(modules[0].is_transposed))
+        for i, module in enumerate(modules):
+            experts = self._layer_experts(i, module)
+            module.elastic_experts = experts  # type: ignore[assignment]
+            self._layers.append(experts)
+        for decoder_layer in self._model.model.layers:
+            decoder_layer.self_attn.elastic_attention = attention
+        self._check_arithmetic()
+
+    def _place(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Attention:
+        """Make slots and KV, and have the model's modules compute row by row. Returns the attention."""
+        spec, family = self.spec, self.spec.family
+        self.kv = PagedKV(spec.config["num_hidden_layers"], family.kv_shape(spec.config), self._kv_tokens)
+        self.slots = ExpertSlots(spec.num_layers, self._local_slots, spec.num_experts, layout, checkpoint, is_transposed, self._num_spare)
         use_row_kernels(self._model, FastLinear if self.fast_math else RowLinear)
         self._row_multiple = row_multiple(family.elementwise_lengths(spec.config))
-        self._layers = [self._layer_experts(i, module) for i, module in enumerate(modules)]
         self._attention = AttentionState(self.kv)
-        for module, experts in zip(modules, self._layers, strict=True):
-            module.elastic_experts = experts  # type: ignore[assignment]
-        for decoder_layer in self._model.model.layers:
-            decoder_layer.self_attn.elastic_attention = self._attention
+        return self._attention
+
+    def _check_arithmetic(self) -> None:
+        """Raises ElasticEPError where this processor does not keep a row's bits."""
         if not self.fast_math:
-            check_matmul(router_weights(self._model, spec))
+            check_matmul(router_weights(self._model, self.spec))
 
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
     ) -> StepOutput | PeerFailed | Interrupted:
         """One forward over `work` (possibly empty); see `Engine`. Raises InvalidInputError for impossible work: tokens or KV."""
-        for seq_id in release:
-            self.kv.release(seq_id)
-        for item in work:
-            self._check_tokens(item)
-            self.kv.extend(item.seq_id, item.start, len(item.tokens))
-        num_tokens = sum(len(item.tokens) for item in work)
+        num_tokens = self._make_room(work, release)
         state = StepState(routing, dispatcher, step, num_tokens, [] if self._count_experts else None)
         for layer in self._layers:
             layer.state = state
@@ -127,6 +126,15 @@ class ElasticEngine:
             return void.outcome
         counts = None if state.counts is None else np.stack(state.counts)
         return StepOutput(self._sample(work, logits), counts)
+
+    def _make_room(self, work: Sequence[SequenceWork], release: Sequence[int]) -> int:
+        """KV for the step's tokens; returns how many they are."""
+        for seq_id in release:
+            self.kv.release(seq_id)
+        for item in work:
+            self._check_tokens(item)
+            self.kv.extend(item.seq_id, item.start, len(item.tokens))
+        return sum(len(item.tokens) for item in work)
 
     def _check_tokens(self, item: SequenceWork) -> None:
         if not item.tokens:
@@ -139,7 +147,8 @@ class ElasticEngine:
         """Free everything. A second call does nothing."""
         if hasattr(self, "slots"):
             self.slots.close()
-        for name in ("_model", "slots", "kv", "_layers", "_attention"):
+        self._layers = []
+        for name in ("_model", "slots", "kv", "_attention"):
             self.__dict__.pop(name, None)
 
     def _layer_experts(self, layer: int, module: torch.nn.Module) -> LayerExperts:

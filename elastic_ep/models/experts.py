@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -121,8 +122,16 @@ class LayerExperts:
         )
 
 
+class Experts(Protocol):
+    """What each experts module of transformers has as `elastic_experts`."""
+
+    def forward(self, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """hidden [rows, H], topk [rows, K] -> [rows, H]. Raises StepVoid."""
+        ...
+
+
 def _forward(module: torch.nn.Module, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    experts: LayerExperts = module.elastic_experts  # type: ignore[assignment]
+    experts: Experts = module.elastic_experts  # type: ignore[assignment]
     return experts.forward(hidden, topk_ids, topk_weights)
 
 

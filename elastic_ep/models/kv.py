@@ -33,25 +33,13 @@ class Runs:
     pages: NDArray[np.int64]
 
 
-class PagedKV:
-    """The pool of pages, and which sequence owns which. Memory is touched only as pages are written.
+class Pages:
+    """Which sequence owns which pages of `page_tokens` positions."""
 
-    Args:
-        num_layers: decoder layers.
-        capacity_tokens: rounded up to whole pages.
-    """
-
-    def __init__(self, num_layers: int, shape: KVShape, capacity_tokens: int):
-        self._kernels = kernels()
-        self.page_tokens: int = self._kernels.TILE
-        self.num_pages = -(-capacity_tokens // self.page_tokens)
-        self._shape = shape
-        self._padded_value_dim = -(-shape.value_dim // 8) * 8
-        self._head_stride = (shape.key_dim + self._padded_value_dim) * self.page_tokens
-        self._layer_stride = self._head_stride * shape.num_heads
-        self._page_stride = self._layer_stride * num_layers
-        self._pool = zeroed(self.num_pages * self._page_stride * 4).view(torch.float32)
-        self._free = list(range(self.num_pages - 1, -1, -1))
+    def __init__(self, num_pages: int, page_tokens: int):
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self._free = list(range(num_pages - 1, -1, -1))
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
 
@@ -82,9 +70,33 @@ class PagedKV:
         pages.extend(self._free.pop() for _ in range(needed))
         self._lengths[seq_id] = start + count
 
+    def pages_of(self, seq_id: int) -> list[int]:
+        """Its page numbers, by position."""
+        return self._pages[seq_id]
+
+
+class PagedKV(Pages):
+    """The pool of pages, and which sequence owns which. Memory is touched only as pages are written.
+
+    Args:
+        num_layers: decoder layers.
+        capacity_tokens: rounded up to whole pages.
+    """
+
+    def __init__(self, num_layers: int, shape: KVShape, capacity_tokens: int):
+        self._kernels = kernels()
+        page_tokens: int = self._kernels.TILE
+        super().__init__(-(-capacity_tokens // page_tokens), page_tokens)
+        self._shape = shape
+        self._padded_value_dim = -(-shape.value_dim // 8) * 8
+        self._head_stride = (shape.key_dim + self._padded_value_dim) * self.page_tokens
+        self._layer_stride = self._head_stride * shape.num_heads
+        self._page_stride = self._layer_stride * num_layers
+        self._pool = zeroed(self.num_pages * self._page_stride * 4).view(torch.float32)
+
     def runs(self, chunks: Sequence[tuple[int, int, int]]) -> Runs:
         """Rows for (sequence, start, count) chunks laid out one after the other; `extend` made room for each."""
-        lists = [self._pages[seq_id] for seq_id, _, _ in chunks]
+        lists = [self.pages_of(seq_id) for seq_id, _, _ in chunks]
         pages = np.fromiter((page for pages in lists for page in pages), dtype=np.int64)
         address, row, table = pages.__array_interface__["data"][0], 0, []
         for (_, start, count), owned in zip(chunks, lists, strict=True):

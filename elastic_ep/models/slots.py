@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import os
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.errors import CheckpointError, InvalidInputError
 from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
 from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, read_verified, zeroed
+
+_ARENA_BYTES = 16 << 20
+_MOST_READERS = 4
 
 
 class ExpertWeights(NamedTuple):
@@ -21,8 +26,24 @@ class ExpertWeights(NamedTuple):
     down: Weight
 
 
+class Buffer(NamedTuple):
+    """Memory for one expert (uint8 [SlotLayout.num_bytes]) and its views."""
+
+    memory: torch.Tensor
+    weights: ExpertWeights
+
+
+class _Staged(NamedTuple):
+    expert: int
+    buffer: Buffer
+    digest: int
+
+
 class ExpertSlots:
-    """`num_layers` x `num_slots` slots of one layout.
+    """`num_layers` x `num_slots` slots of one layout, and as many buffers beside them as were ever staged at a time.
+
+    A slot that adopts what was staged gives its own buffer to the next staging, so that memory neither grows nor has to be asked for
+    again.
 
     Args:
         is_transposed: the layout stores [in, out] matrices (GPT-OSS) instead of [out, in].
@@ -45,17 +66,17 @@ class ExpertSlots:
         self.shape = (num_layers, num_experts, layout.num_bytes)
         self.checkpoint = source
         self.backup: ExpertSource | None = None
+        self.readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self._is_transposed = is_transposed
         self._num_spare = num_spare
-        self._memory: list[list[torch.Tensor]] = [
-            list(zeroed(num_slots * layout.num_bytes).view(num_slots, layout.num_bytes)) for _ in range(num_layers)
-        ]
-        self._weights = [[self._as_weights(memory[slot]) for slot in range(num_slots)] for memory in self._memory]
+        self._slots = [self._buffers(num_slots) for _ in range(num_layers)]
         self._held: list[dict[int, int]] = [{} for _ in range(num_layers)]
         self._resident: list[dict[int, ExpertWeights]] = [{} for _ in range(num_layers)]
         self._digests: dict[tuple[int, int], int] = {}
-        self._staged: dict[tuple[int, int], tuple[int, torch.Tensor, int]] = {}
-        self._spare: OrderedDict[tuple[int, int], tuple[torch.Tensor, ExpertWeights]] = OrderedDict()
+        self._staged: dict[tuple[int, int], _Staged] = {}
+        self._free: deque[Buffer] = deque()
+        self._spare: OrderedDict[tuple[int, int], Buffer] = OrderedDict()
+        self._lock = threading.Lock()
 
     def find(self, layer: int, expert: int) -> ExpertWeights | None:
         """The expert's weights in the lowest slot that holds it."""
@@ -65,37 +86,42 @@ class ExpertSlots:
         """Fill a slot; see `Slots.load`. Without sources, from the checkpoint. Raises CheckpointError."""
         self._check(load)
         layer, slot, expert = load
-        self._held[layer].pop(slot, None)
-        self._index(layer)
-        loaded = self._read(layer, expert, self._memory[layer][slot], sources, digest)
-        self._held[layer][slot] = expert
-        self._index(layer)
+        self._hold(layer, slot, None)
+        loaded = self._read(layer, expert, self._slots[layer][slot].memory, sources, digest)
+        self._hold(layer, slot, expert)
         return loaded
 
     def stage(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
         """Read and verify one expert beside the live slots, for `adopt`. Raises CheckpointError."""
         self._check(load)
-        memory = zeroed(self._layout.num_bytes)
-        loaded = self._read(load.layer, load.expert, memory, sources, digest)
-        self._staged[load.layer, load.local_slot] = (load.expert, memory, loaded.digest)
+        buffer = self._take()
+        try:
+            loaded = self._read(load.layer, load.expert, buffer.memory, sources, digest)
+        except CheckpointError:
+            self._free.append(buffer)
+            raise
+        self._unstage((load.layer, load.local_slot))
+        self._staged[load.layer, load.local_slot] = _Staged(load.expert, buffer, loaded.digest)
         return loaded
 
     def adopt(self, load: SlotLoad) -> int | None:
         """Put what was staged for the slot into it, without copying. Returns its digest, None if this expert was not staged for it."""
         layer, slot, expert = load
         staged = self._staged.pop((layer, slot), None)  # one step: the stager may be dropping everything just now
-        if staged is None or staged[0] != expert:
+        if staged is None:
             return None
-        _, memory, digest = staged
-        self._memory[layer][slot] = memory
-        self._weights[layer][slot] = self._as_weights(memory)
-        self._held[layer][slot] = expert
-        self._index(layer)
-        return digest
+        if staged.expert != expert:
+            self._free.append(staged.buffer)
+            return None
+        before, self._slots[layer][slot] = self._slots[layer][slot], staged.buffer
+        self._hold(layer, slot, expert)
+        self._free.append(before)
+        return staged.digest
 
     def drop_staged(self) -> None:
-        """Free whatever is staged."""
-        self._staged.clear()
+        """Have whatever is staged give its memory to the next staging."""
+        for key in list(self._staged):
+            self._unstage(key)
 
     def expect(self, layer: int, expert: int, digest: int) -> None:
         """An expert that may be streamed must have the bytes of this digest."""
@@ -106,25 +132,24 @@ class ExpertSlots:
         key = (layer, expert)
         if key in self._spare:
             self._spare.move_to_end(key)
-            return self._spare[key][1]
+            return self._spare[key].weights
         if len(self._spare) >= self._num_spare:
-            memory, weights = self._spare.popitem(last=False)[1]
+            buffer = self._spare.popitem(last=False)[1]
         else:
-            memory = zeroed(self._layout.num_bytes)
-            weights = self._as_weights(memory)
-        self._read(layer, expert, memory, () if self.backup is None else (self.backup, self.checkpoint), None)
-        self._spare[key] = (memory, weights)
-        return weights
+            (buffer,) = self._buffers(1)
+        self._read(layer, expert, buffer.memory, () if self.backup is None else (self.backup, self.checkpoint), None)
+        self._spare[key] = buffer
+        return buffer.weights
 
     def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
         """uint8 [SlotLayout.num_bytes]: a slot's memory, whatever it holds."""
-        return self._memory[layer][slot]
+        return self._slots[layer][slot].memory
 
     def bytes_of(self, layer: int, expert: int) -> torch.Tensor | None:
         """uint8 [SlotLayout.num_bytes]: the memory of a slot that holds the expert, for whoever sends it to a peer or backs it up."""
         for slot, held in list(self._held[layer].items()):
             if held == expert:
-                return self._memory[layer][slot]
+                return self._slots[layer][slot].memory
         return None
 
     def close(self) -> None:
@@ -132,9 +157,9 @@ class ExpertSlots:
 
     def _check(self, load: SlotLoad) -> None:
         layer, slot, expert = load
-        if not (0 <= layer < len(self._memory) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
+        if not (0 <= layer < len(self._slots) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
             raise InvalidInputError(
-                f"{load} is outside {len(self._memory)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
+                f"{load} is outside {len(self._slots)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
             )
 
     def _read(self, layer: int, expert: int, memory: torch.Tensor, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
@@ -143,9 +168,37 @@ class ExpertSlots:
         self._digests[layer, expert] = loaded.digest
         return loaded
 
-    def _index(self, layer: int) -> None:
-        held = self._held[layer]
-        self._resident[layer] = {held[slot]: self._weights[layer][slot] for slot in sorted(held, reverse=True)}
+    def _hold(self, layer: int, slot: int, expert: int | None) -> None:
+        """Note what a slot holds now, and which slot serves the experts that this concerns."""
+        held, resident = self._held[layer], self._resident[layer]
+        with self._lock:
+            before = held.pop(slot, None)
+            if expert is not None:
+                held[slot] = expert
+            for changed in {before, expert} - {None}:
+                lowest = min((at for at, holds in held.items() if holds == changed), default=None)
+                if lowest is None:
+                    resident.pop(changed, None)
+                else:
+                    resident[changed] = self._slots[layer][lowest].weights
+
+    def _take(self) -> Buffer:
+        """Memory to stage in. In whole arenas: the system gives small pieces of memory slowly."""
+        try:
+            return self._free.popleft()
+        except IndexError:
+            first, *others = self._buffers(max(1, _ARENA_BYTES // self._layout.num_bytes))
+            self._free.extend(others)
+            return first
+
+    def _unstage(self, key: tuple[int, int]) -> None:
+        staged = self._staged.pop(key, None)
+        if staged is not None:
+            self._free.append(staged.buffer)
+
+    def _buffers(self, count: int) -> list[Buffer]:
+        memories = zeroed(count * self._layout.num_bytes).view(count, self._layout.num_bytes)
+        return [Buffer(memory, self._as_weights(memory)) for memory in memories]
 
     def _as_weights(self, memory: torch.Tensor) -> ExpertWeights:
         parts = self._layout.views(memory)

@@ -12,6 +12,8 @@ from elastic_ep.serving.config import ServeConfig
 
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
+GPU_FILL_BYTES_PER_S = 4e9
+"""of the host backup, by each rank: the processor has little else to do"""
 
 
 class RankPlace(NamedTuple):
@@ -42,7 +44,7 @@ def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step
         heartbeat_interval_s=HEARTBEAT_INTERVAL_S if config.detect else NO_HEARTBEAT_S,
         ep_size=topology.ep_size,
         host_backup_fd=place.host_backup_fd,
-        fill_bytes_per_s=config.rebalance_bytes_per_s or RankConfig.fill_bytes_per_s,
+        fill_bytes_per_s=config.rebalance_bytes_per_s or (RankConfig.fill_bytes_per_s if config.device == "cpu" else GPU_FILL_BYTES_PER_S),
         scrub_bytes_per_s=config.scrub_bytes_per_s,
     )
     engine = {
@@ -55,4 +57,12 @@ def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step
     }
     faults = config.faults.get(rank, []) if incarnation == 0 else []
     tests = {"faults": faults, "fault_file": config.fault_file}
-    return {"rank": asdict(rank_config), "engine": engine, "log_level": config.log_level, **tests}
+    dispatch = {"backend": config.dispatch, "num_seats": config.num_seats, "max_tokens": config.max_batch_tokens}
+    return {
+        "rank": asdict(rank_config),
+        "engine": engine,
+        "device": config.device,
+        "dispatch": dispatch,
+        "log_level": config.log_level,
+        **tests,
+    }

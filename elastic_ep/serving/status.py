@@ -8,8 +8,8 @@ from typing import Any
 from elastic_ep.brain.state import BrainState
 
 
-def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int]) -> dict[str, Any]:
-    """A snapshot. `pids` maps (rank, incarnation) to process ids known before the rank's own hello."""
+def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int], device: str) -> dict[str, Any]:
+    """A snapshot. `pids` maps (rank, incarnation) to process ids known before the rank's own hello; device: of all ranks."""
     requests = brain.requests
     running = dict.fromkeys(range(len(brain.seats)), 0)
     for sequence in requests.running.values():
@@ -23,7 +23,7 @@ def status_object(brain: BrainState, pids: Mapping[tuple[int, int], int]) -> dic
             "pid": seat.pid or pids.get((seat.rank, seat.incarnation)),
             "host": seat.host,
             **({} if nodes is None else {"node": nodes[seat.rank]}),
-            "device": "cpu",
+            "device": device,
             "state": seat.state.value,
             "incarnation": seat.incarnation,
             "slots": slots[seat.rank],

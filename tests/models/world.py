@@ -35,10 +35,18 @@ class RecordingEngine(ElasticEngine):
 class World:
     """An engine whose slots hold `slots` (experts per layer; default all, in order); what no slot holds is streamed."""
 
+    engine: Any
+
+    def make_engine(self, *args: Any, **options: Any) -> Any:
+        return RecordingEngine(*args, **options)
+
+    def make_dispatcher(self) -> Any:
+        return LocalDispatcher()
+
     def __init__(self, folder: Path, slots: Sequence[Sequence[int]] | None = None, **options: Any):
         spec = inspect_checkpoint(folder)
         held = np.tile(np.arange(spec.num_experts), (spec.num_layers, 1)) if slots is None else np.array(slots)
-        self.engine = RecordingEngine(folder, 0, held.shape[1], **({"kv_tokens": 16384} | options))
+        self.engine = self.make_engine(folder, 0, held.shape[1], **({"kv_tokens": 16384} | options))
         self.engine.load_dense()
         self.digests = {}
         for layer, row in enumerate(held):
@@ -48,7 +56,7 @@ class World:
         placement = ExpertPlacement(held, spec.num_experts)
         streamed = dict.fromkeys(placement.missing_experts(), 0)
         self.routing = RoutingTable.build(1, placement, Topology((held.shape[1],)), streamed=streamed)
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher = self.make_dispatcher()
         self.steps = 0
 
     def step(self, work: Sequence[SequenceWork], release: Sequence[int] = ()) -> dict[int, int]:

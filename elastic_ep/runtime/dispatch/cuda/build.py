@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_ep.core.errors import InvalidInputError
@@ -23,26 +24,26 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (str(usual) if usual.exists() else None)
 
 
-def build_kernels(capability: tuple[int, int], cache: Path) -> Path:
-    """The shared library for GPUs of this compute capability. Safe to call from several processes at once.
+def build_kernels(capability: tuple[int, int], cache: Path, source: Path = SOURCE, headers: Sequence[Path] = HEADERS) -> Path:
+    """The shared library of a source file for GPUs of this compute capability. Safe to call from several processes at once.
 
     Raises InvalidInputError without a compiler, or with the compiler's words if it fails.
     """
     flags = (*FLAGS, f"-arch=sm_{capability[0]}{capability[1]}")
-    name = hashlib.sha256(b"".join(path.read_bytes() for path in (SOURCE, *HEADERS)) + " ".join(flags).encode()).hexdigest()[:20]
-    target = cache / f"dispatch-{name}.so"
+    name = hashlib.sha256(b"".join(path.read_bytes() for path in (source, *headers)) + " ".join(flags).encode()).hexdigest()[:20]
+    target = cache / f"{source.stem}-{name}.so"
     if target.exists():
         return target
     nvcc = find_nvcc()
     if nvcc is None:
-        raise InvalidInputError("the cuda dispatch backend needs nvcc to compile its kernels; install the CUDA toolkit or put nvcc on PATH")
+        raise InvalidInputError(f"{source.name} needs nvcc to be compiled; install the CUDA toolkit or put nvcc on PATH")
     cache.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(suffix=".so", dir=cache)
     os.close(handle)
     try:
-        done = subprocess.run([nvcc, *flags, "-o", partial, str(SOURCE)], capture_output=True, text=True, timeout=_COMPILE_S, check=False)
+        done = subprocess.run([nvcc, *flags, "-o", partial, str(source)], capture_output=True, text=True, timeout=_COMPILE_S, check=False)
         if done.returncode:
-            raise InvalidInputError(f"{nvcc} {flags[-1]} cannot compile {SOURCE.name}: {done.stderr.strip()[-500:]}")
+            raise InvalidInputError(f"{nvcc} {flags[-1]} cannot compile {source.name}: {done.stderr.strip()[-500:]}")
         os.chmod(partial, 0o755)
         os.replace(partial, target)
     finally:

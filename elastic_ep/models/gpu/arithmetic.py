@@ -1,0 +1,153 @@
+"""Products, norms and gates on the GPU, over the kernels beside this file; what transformers' modules become."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from elastic_ep.models.gpu import kernels
+
+_BM = 32
+_SIDE_BY_SIDE = 4
+"""row tiles of one expert that run at once"""
+_GATE_PROGRAMS = 528
+
+
+class Tile(NamedTuple):
+    """Columns and depth of a product's tile: by the matrix alone, never by the rows."""
+
+    cols: int
+    depth: int
+
+    @staticmethod
+    def of(num_out: int, dtype: torch.dtype) -> Tile:
+        """Narrow tiles for narrow matrices, so that enough programs run."""
+        return Tile(32 if num_out <= 8192 else 64, 128 if dtype == torch.bfloat16 else 32)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., in] @ weight [out, in].T + bias, summed in float32, rounded once; a row's bits depend on the row and the weight alone."""
+    x = x.contiguous()
+    num_out, depth = weight.shape
+    assert x.dtype == weight.dtype
+    out = torch.empty(*x.shape[:-1], num_out, dtype=x.dtype, device=x.device)
+    rows = x.numel() // depth
+    if rows:
+        tile = Tile.of(num_out, x.dtype)
+        grid = (-(-num_out // tile.cols), -(-rows // _BM))
+        kernels.linear[grid](x, weight, bias, out, rows, num_out, depth, bias is not None, _BM, tile.cols, tile.depth)
+    return out
+
+
+class Part(NamedTuple):
+    """One matrix of every slot: elements from a slot's begin to the matrix and to its bias (-1: none)."""
+
+    weight_at: int
+    bias_at: int
+    num_out: int
+    depth: int
+    is_in_out: bool
+
+
+class Groups(NamedTuple):
+    """Whose rows are where, on the device: offsets int32 [E + 1], slot_of int32 [E], wrong int32 [1] (see `kernels.grouped`)."""
+
+    offsets: torch.Tensor
+    slot_of: torch.Tensor
+    wrong: torch.Tensor
+
+
+def multiply_groups(x: torch.Tensor, memory: torch.Tensor, part: Part, groups: Groups, out: torch.Tensor) -> None:
+    """out[rows of e] = x[rows of e] @ (the part of e's slot) for each expert; memory [slots, elements of a slot], x's dtype."""
+    tile = Tile.of(part.num_out, x.dtype)
+    grid = (-(-part.num_out // tile.cols), len(groups.slot_of), _SIDE_BY_SIDE)
+    kernels.grouped[grid](
+        x,
+        out,
+        groups.offsets,
+        groups.slot_of,
+        groups.wrong,
+        memory,
+        memory.shape[1],
+        part.weight_at,
+        max(part.bias_at, 0),
+        part.num_out,
+        part.depth,
+        part.bias_at >= 0,
+        part.is_in_out,
+        _BM,
+        tile.cols,
+        tile.depth,
+    )
+
+
+def swiglu(gate_up: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of the first offsets[-1] rows of [rows, 2 I] -> [rows, I]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    kernels.swiglu[(min(rows, _GATE_PROGRAMS),)](gate_up, out, offsets[-1:], width, 1024)
+    return out
+
+
+class DeviceLinear(nn.Linear):
+    """nn.Linear by `multiply`. Made of an nn.Linear by assigning the class."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(x, self.weight, self.bias)
+
+
+class DeviceNorm(nn.Module):
+    """Root mean square norm as the families' own modules compute it. Made of one of those by assigning the class.
+
+    Attributes:
+        weight, variance_epsilon: as there.
+        rounds_last: bfloat16 is rounded after the weight only (GPT-OSS), not also before it.
+    """
+
+    weight: torch.Tensor
+    variance_epsilon: float
+    rounds_last: bool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dim = x.shape[-1]
+        if x.numel():
+            block = max(16, 1 << (dim - 1).bit_length())
+            kernels.rms_norm[(x.numel() // dim,)](x, self.weight, out, dim, self.variance_epsilon, self.rounds_last, block)
+        return out
+
+
+class RouterWeight(torch.Tensor):
+    """A router's matrix: transformers multiplies with it by F.linear, which the library would do by another kernel for other numbers of
+    rows."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            return _plain_linear(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+
+def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    plain = [None if t is None else t.as_subclass(torch.Tensor) for t in (x, weight, bias)]
+    assert plain[0] is not None
+    assert plain[1] is not None
+    return multiply(plain[0], plain[1], plain[2])
+
+
+def use_device_kernels(model: PreTrainedModel) -> None:
+    """Make every nn.Linear a DeviceLinear, every root mean square norm a DeviceNorm, and every router's matrix a RouterWeight."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DeviceLinear
+        elif type(module).__name__.endswith("RMSNorm"):
+            rounds_last = type(module).__name__ == "GptOssRMSNorm"
+            module.__class__ = DeviceNorm
+            module.rounds_last = rounds_last  # type: ignore[assignment]
+        elif type(module).__name__.endswith("Router"):
+            module._parameters["weight"] = module.weight.detach().as_subclass(RouterWeight)  # type: ignore

@@ -1,0 +1,89 @@
+"""A host's backup as a GPU reads it: its pages registered with the driver, so that an expert is one copy at the speed of the link, and
+verified by the device. Registering begins when the backup is full; until then, and for what cannot be registered, slots are read as
+everywhere else."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from elastic_ep.core.errors import CheckpointError
+from elastic_ep.models.gpu.digest import DeviceDigest, new_stream
+from elastic_ep.runtime.weights.base import Loaded
+from elastic_ep.runtime.weights.host import HostBackup
+
+log = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 26
+"""registered at once: the driver's lock is held for about 3 ms"""
+_POLL_S = 0.5
+_PORTABLE = 0x01
+
+
+class MappedBackup:
+    """`backup`, and which of its layers this process's device can copy from. `load` is for one thread at a time."""
+
+    def __init__(self, backup: HostBackup, slot_bytes: int, device: torch.device) -> None:
+        self.backup = backup
+        self._slot_bytes = slot_bytes
+        self._device = device
+        self._is_mapped = np.zeros(backup.experts.shape[0], dtype=bool)
+        self._lock = threading.Lock()
+        self._digest: DeviceDigest | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._done = threading.Event()
+        if slot_bytes % mmap.PAGESIZE:
+            log.info("slots of %d bytes are no whole pages: the host backup is not mapped for the GPU", slot_bytes)
+        elif not DeviceDigest.is_possible(slot_bytes):
+            log.info("without nvcc the GPU cannot verify what it copies: the host backup is not mapped for it")
+        else:
+            threading.Thread(target=self._map_all, name="map-backup", daemon=True).start()
+
+    def has(self, layer: int, expert: int) -> bool:
+        """Whether `load` can be asked for it."""
+        return bool(self._is_mapped[layer]) and self.backup.known_digest(layer, expert) is not None
+
+    def wait_mapped(self, timeout_s: float) -> bool:
+        """Wait until all of it is mapped; False when it is not by then."""
+        return self._done.wait(timeout_s)
+
+    def load(self, layer: int, expert: int, target: torch.Tensor, digest: int | None) -> Loaded:
+        """Copy an expert to the device (target: uint8 [slot bytes]) and verify it there. Raises CheckpointError for other bytes than those
+        of `digest` (None: those that were put there)."""
+        expected = self.backup.known_digest(layer, expert) if digest is None else digest
+        with self._lock:
+            if self._digest is None or self._stream is None:
+                self._digest, self._stream = DeviceDigest(self._slot_bytes, self._device), new_stream(self._device)
+            with torch.cuda.stream(self._stream):
+                target.copy_(torch.from_numpy(self.backup.view(layer, expert)), non_blocking=True)
+            found = self._digest.of(target, self._stream)
+        if found != expected:
+            raise CheckpointError(
+                f"expert {expert} of MoE layer {layer} has digest {found:016x} in the host backup, it should have {expected:016x}: "
+                f"a bit of this host's memory has changed"
+            )
+        return Loaded(found, "host", self._slot_bytes)
+
+    def _map_all(self) -> None:
+        """Layer by layer, as they fill. Ends with the process."""
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        wait = threading.Event()
+        slots = max(1, _CHUNK_BYTES // self._slot_bytes)
+        for layer in range(len(self._is_mapped)):
+            while not self.backup.experts[layer].all():
+                wait.wait(_POLL_S)
+            experts = self.backup.experts.shape[1]
+            for first in range(0, experts, slots):
+                at = self.backup.view(layer, first).__array_interface__["data"][0]
+                error = int(runtime.cudaHostRegister(at, (min(first + slots, experts) - first) * self._slot_bytes, _PORTABLE))
+                if error:
+                    log.warning("the driver does not map layer %d of the host backup (error %d): it is read by way of a copy", layer, error)
+                    return
+            self._is_mapped[layer] = True
+        self._done.set()
+        log.info("the host backup is mapped for the GPU")

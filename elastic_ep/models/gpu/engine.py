@@ -1,0 +1,172 @@
+"""`DeviceEngine`: the model of a rank on a GPU. What differs from `ElasticEngine` is where things lie and which kernels compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.activations import SiLUActivation
+
+from elastic_ep.brain.messages import SampledToken, SamplingParams, SequenceWork
+from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.core.placement import EMPTY, ExpertPlacement
+from elastic_ep.core.routing import RoutingTable
+from elastic_ep.core.topology import Topology
+from elastic_ep.models.attention import Attention
+from elastic_ep.models.engine import ElasticEngine
+from elastic_ep.models.experts import StepVoid
+from elastic_ep.models.gpu.arithmetic import use_device_kernels
+from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep, check_right
+from elastic_ep.models.gpu.kv import DeviceKV
+from elastic_ep.models.gpu.slots import DeviceSlots
+from elastic_ep.models.kernels import kernels
+from elastic_ep.models.sampling import sample
+from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, Interrupted, PeerFailed, StepPoint
+from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
+from elastic_ep.runtime.dispatch.staged import StagedBatch
+from elastic_ep.runtime.engine import StepOutput
+from elastic_ep.runtime.weights.base import SlotLayout
+from elastic_ep.runtime.weights.checkpoint import CheckpointSource
+
+
+class DeviceEngine(ElasticEngine):
+    """One rank's model on a GPU.
+
+    Args:
+        device: index of the GPU; ranks may share one.
+        options: of `ElasticEngine`; fast_math leaves dense products and norms to the library.
+    """
+
+    def __init__(self, *args: Any, device: int = 0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.device = torch.device("cuda", device)
+
+    def load_dense(self) -> None:
+        """See `ElasticEngine.load_dense`; kernels are compiled here, not in the first step."""
+        if not torch.cuda.is_available():
+            raise InvalidInputError("--device cuda needs a GPU and torch sees none; serve with --device cpu, or mend the driver")
+        torch.cuda.set_device(self.device)
+        super().load_dense()
+
+    def _place(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Attention:
+        spec = self.spec
+        self._model.to(self.device)  # type: ignore[arg-type]
+        if not self.fast_math:
+            use_device_kernels(self._model)
+        shape, page = spec.family.kv_shape(spec.config), int(kernels().TILE)
+        self.kv = DeviceKV(spec.config["num_hidden_layers"], shape, self._kv_tokens, page, self.dtype, self.device)  # type: ignore[assignment]
+        self.slots = DeviceSlots(  # type: ignore[assignment]
+            spec.num_layers, self._local_slots, spec.num_experts, layout, checkpoint, self._num_spare, self.device
+        )
+        self._matrices = self._device_slots.matrices(is_transposed)
+        self._wrong = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._counts = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int64, device=self.device)
+        return self._device_kv
+
+    @property
+    def _device_slots(self) -> DeviceSlots:
+        slots: Any = self.slots
+        return slots  # type: ignore[no-any-return]
+
+    @property
+    def _device_kv(self) -> DeviceKV:
+        kv: Any = self.kv
+        return kv  # type: ignore[no-any-return]
+
+    def _layer_experts(self, layer: int, module: torch.nn.Module) -> Any:
+        plain_silu = module.is_concatenated and isinstance(getattr(module, "act_fn", None), SiLUActivation)
+        gate: Any = None if plain_silu else module._apply_gate
+        return DeviceExperts(layer, self.rank, self._device_slots, self._matrices, gate)
+
+    def _check_arithmetic(self) -> None:
+        """Compile and load every kernel, by a step of two tokens that go nowhere."""
+        placement = ExpertPlacement(np.full((self.spec.num_layers, 1), EMPTY), self.spec.num_experts)
+        routing = RoutingTable.build(0, placement, Topology((1,)), streamed=dict.fromkeys(placement.missing_experts(), -1))
+        work = [SequenceWork(-1, 0, (0, 0), SamplingParams(temperature=0))]
+        self.run_step(work, (), routing, _Nowhere(), 0)
+        self.kv.release(-1)
+
+    def run_step(
+        self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
+    ) -> StepOutput | PeerFailed | Interrupted:
+        """See `ElasticEngine.run_step`."""
+        num_tokens = self._make_room(work, release)
+        enqueue = dispatcher if isinstance(dispatcher, CudaDispatcher) else None
+        counts = self._counts.zero_() if self._count_experts else None
+        state = DeviceStep(routing, dispatcher, enqueue, step, self._device_slots.tables(), counts, self._wrong)
+        for layer in self._layers:
+            layer.state = state  # type: ignore[assignment]
+        if enqueue is not None:
+            enqueue.begin_step(routing, routing.epoch, step)
+        try:
+            with torch.inference_mode():
+                logits = self._device_forward(work) if num_tokens else self._device_serve_only()
+        except StepVoid as void:
+            return void.outcome
+        if enqueue is not None and (outcome := enqueue.wait()) is not None:
+            return outcome
+        return self._finish(work, logits, counts, routing.epoch)
+
+    def _device_forward(self, work: Sequence[SequenceWork]) -> torch.Tensor:
+        """Logits float32 [sampled sequences, vocab], on the device."""
+        tables = self._device_kv.step = self._device_kv.tables(work)
+        hidden = self._model.model(input_ids=tables.ids[None], position_ids=tables.positions[None], use_cache=False).last_hidden_state[0]
+        ends = np.cumsum([len(item.tokens) for item in work])
+        sampled = [int(end) - 1 for item, end in zip(work, ends, strict=True) if item.sample is not None]
+        if not sampled:
+            return hidden.new_empty(0, 0)
+        if len(sampled) < len(hidden):
+            hidden = hidden[torch.tensor(sampled).pin_memory().to(self.device, non_blocking=True)]
+        logits: torch.Tensor = self._model.lm_head(hidden)
+        return logits.float()
+
+    def _device_serve_only(self) -> torch.Tensor:
+        """This rank has no tokens: it still serves its experts, layer by layer."""
+        spec = self.spec
+        x = torch.empty(0, spec.hidden_size, dtype=self.dtype, device=self.device)
+        ids = torch.empty(0, spec.num_experts_per_tok, dtype=torch.int64, device=self.device)
+        weights = torch.empty(0, spec.num_experts_per_tok, dtype=torch.float32, device=self.device)
+        for layer in self._layers:
+            layer.forward(x, ids, weights)
+        return x
+
+    def _finish(self, work: Sequence[SequenceWork], logits: torch.Tensor, counts: torch.Tensor | None, epoch: int) -> StepOutput:
+        """Tokens and counts on the host; the largest logits are found on the device. Waits for it."""
+        asked = [item for item in work if item.sample is not None]
+        best = logits.argmax(dim=1) if asked else logits.new_empty(0, dtype=torch.int64)
+        parts = [best, self._wrong.long(), *(() if counts is None else (counts.view(-1),))]
+        host = torch.cat(parts).cpu().numpy()
+        check_right(self.rank, int(host[len(asked)]), epoch)
+        tokens = [self._token(item, int(host[i]), logits[i]) for i, item in enumerate(asked)]
+        if counts is None:
+            return StepOutput(tokens, None)
+        return StepOutput(tokens, host[len(asked) + 1 :].reshape(counts.shape))
+
+    def _token(self, item: SequenceWork, best: int, logits: torch.Tensor) -> SampledToken:
+        params = item.sample
+        assert params is not None
+        if params.temperature == 0 and params.top_logprobs is None:
+            return SampledToken(item.seq_id, best, None, ())
+        token, logprob, top = sample(logits.cpu().numpy(), params, item.start + len(item.tokens))
+        return SampledToken(item.seq_id, token, logprob, top)
+
+
+class _Nowhere:
+    """A dispatcher without ranks: nothing arrives, and zeros come back."""
+
+    def connect(self, peers: Mapping[int, str], deadline_s: float) -> None:
+        """Nobody to connect."""
+
+    def dispatch(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint
+    ) -> DispatchHandle:
+        offsets = torch.zeros(routing.replica_rank.shape[1] + 1, dtype=torch.int32, device=x.device)
+        return DispatchHandle(x, (), StagedBatch(x, torch.empty_like(x), offsets, DispatchHandle(x, (), None)))
+
+    def combine(self, y: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        return torch.zeros_like(handle.rows)
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -1,0 +1,50 @@
+"""A server whose ranks share a GPU: kills, a replacement, both dispatch backends; the tokens are an undisturbed run's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import torch
+
+from elastic_ep.testing.server import ServerProcess
+from tests.e2e.conftest import COUNT, prompts
+from tests.e2e.test_streams import kill_at_random, run_streams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.mark.parametrize(
+    ("family", "dispatch"), [("qwen3_moe", "socket"), ("gpt_oss", "socket"), ("deepseek_v3", "socket"), ("qwen3_moe", "cuda")]
+)
+def test_gpu_ranks_die_and_no_token_changes(checkpoint, family, dispatch):
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    asked = prompts(16)
+    victims = rng.sample([0, 1, 2], 2)
+    arguments = ("--ep-size", "3", "--num-redundant-experts", "3", "--device", "cuda", "--dispatch", dispatch, "--restart", "never")
+    with ServerProcess(checkpoint(family), *arguments) as server:
+        undisturbed = asyncio.run(run_streams(server, asked))
+        disturb = kill_at_random(server, victims, rng, len(asked) * COUNT)
+        disturbed = asyncio.run(run_streams(server, asked, disturb))
+        status = server.status()
+    assert disturbed == undisturbed
+    assert status["requests"]["failed"] == 0
+    assert sum(status["active_ranks"]) == 1
+    assert {rank["device"] for rank in status["ranks"]} == {"cuda"}
+
+
+def test_a_gpu_rank_is_replaced_from_the_host_backup(checkpoint):
+    asked = prompts(16)
+    arguments = ("--ep-size", "3", "--device", "cuda", "--host-backup", "experts", "--restart-backoff", "0.05")
+    with ServerProcess(checkpoint("qwen3_moe"), *arguments) as server:
+        undisturbed = asyncio.run(run_streams(server, asked))
+        server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"])
+        disturbed = asyncio.run(run_streams(server, asked, kill_at_random(server, [1], random.Random(3), len(asked) * COUNT)))
+        status = server.wait_status(lambda s: s["active_ranks"] == [1, 1, 1], 60.0)
+        again = asyncio.run(run_streams(server, asked))
+    assert disturbed == undisturbed == again
+    assert status["requests"]["failed"] == 0
+    assert any(recovery["experts_lost"] and recovery["bytes_moved"]["host"] for recovery in status["recoveries"])
