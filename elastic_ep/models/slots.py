@@ -15,7 +15,7 @@ from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
 from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, read_verified, zeroed
 
-_ARENA_BYTES = 16 << 20
+_ARENA_BYTES, _ARENA_BUFFERS = 16 << 20, 64
 _MOST_READERS = 4
 
 
@@ -175,7 +175,9 @@ class ExpertSlots:
             before = held.pop(slot, None)
             if expert is not None:
                 held[slot] = expert
-            for changed in {before, expert} - {None}:
+            for changed in {before, expert}:
+                if changed is None:
+                    continue
                 lowest = min((at for at, holds in held.items() if holds == changed), default=None)
                 if lowest is None:
                     resident.pop(changed, None)
@@ -187,7 +189,7 @@ class ExpertSlots:
         try:
             return self._free.popleft()
         except IndexError:
-            first, *others = self._buffers(max(1, _ARENA_BYTES // self._layout.num_bytes))
+            first, *others = self._buffers(min(max(1, _ARENA_BYTES // self._layout.num_bytes), _ARENA_BUFFERS))
             self._free.extend(others)
             return first
 

@@ -38,15 +38,18 @@ class StepOutput:
 
 
 class Slots(Protocol):
-    """The expert slots of one rank. `stage`, `slot_bytes` and `bytes_of` may run in other threads than everything else.
+    """The expert slots of one rank. `stage`, `slot_bytes` and `bytes_of` may run in other threads than everything else; so may up to
+    `readers` calls of `load` at a time, for different slots.
 
     Attributes:
         shape: (L, E, bytes of a slot).
+        readers: how many experts are best read at a time.
         checkpoint: the source that has every expert.
         backup: a quicker source for experts that have no slot; None: the checkpoint alone.
     """
 
     shape: tuple[int, int, int]
+    readers: int
     checkpoint: ExpertSource
     backup: ExpertSource | None
 
@@ -63,7 +66,7 @@ class Slots(Protocol):
         ...
 
     def drop_staged(self) -> None:
-        """Free whatever is staged."""
+        """Forget whatever is staged."""
         ...
 
     def expect(self, layer: int, expert: int, digest: int) -> None:

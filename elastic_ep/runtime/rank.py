@@ -12,7 +12,6 @@ import select
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,8 +26,6 @@ from elastic_ep.brain.messages import (
     Install,
     Installed,
     InstallFailed,
-    LoadedSlot,
-    LoadOrder,
     RankFatal,
     RankMessage,
     RunStep,
@@ -38,7 +35,7 @@ from elastic_ep.brain.messages import (
     StepDone,
     StepFailed,
 )
-from elastic_ep.core.errors import CheckpointError, ElasticEPError, InvalidInputError
+from elastic_ep.core.errors import ElasticEPError, InvalidInputError
 from elastic_ep.core.placement import ExpertPlacement
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.core.topology import Topology
@@ -46,8 +43,9 @@ from elastic_ep.runtime.control import wire
 from elastic_ep.runtime.control.address import dial
 from elastic_ep.runtime.control.auth import AuthError, Role
 from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, MeshDispatcher, PeerFailed
-from elastic_ep.runtime.engine import Engine, SlotLoad
+from elastic_ep.runtime.engine import Engine
 from elastic_ep.runtime.faults import FaultPlan
+from elastic_ep.runtime.filler import Filler
 from elastic_ep.runtime.rank_config import RankConfig
 from elastic_ep.runtime.stager import Stager, moved_bytes
 from elastic_ep.runtime.upkeep import Upkeep
@@ -110,7 +108,7 @@ class Rank:
         self._counts: NDArray[np.int64] | None = None
         self._prepared: tuple[Install, RoutingTable] | None = None
         self.peer_server, self.weights_address = weights
-        self.sources: Sources
+        self.filler: Filler
         self.stager: Stager
 
     def serve(self) -> int:
@@ -147,7 +145,8 @@ class Rank:
         if config.host_backup_fd >= 0:
             slots.backup = HostBackup(config.host_backup_fd, *slots.shape, self.faults)
         self.peer_server.find, self.peer_server.faults = slots.bytes_of, self.faults
-        self.sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
+        sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
+        self.filler = Filler(slots, config.first_slot, sources, self.held, self.faults)
         turn = (config.rank, max(config.ep_size, config.rank + 1))
         upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
         sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
@@ -163,22 +162,13 @@ class Rank:
         self.faults.reach("install_begin", epoch=order.epoch)
         self.epoch = order.epoch
         self.stager.cancel()
-        loaded: list[LoadedSlot] = []
-        by_source: Counter[str] = Counter()
-        errors: list[str] = []
         linked = self.dispatcher.connect(order.peers, order.deadline_s)
         if isinstance(linked, PeerFailed):
             return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
         self.faults.reach("install_connected", epoch=order.epoch)
-        try:
-            for load in order.loads:
-                if isinstance(linked, Interrupted) or self.channel.is_readable():
-                    return InstallFailed(order.epoch, tuple(loaded), {}, "")
-                self.faults.reach("load_expert", epoch=order.epoch)
-                loaded.append(self._fill(load, by_source, errors))
-                self.faults.reach("expert_loaded", epoch=order.epoch)
-        except CheckpointError as error:
-            return InstallFailed(order.epoch, tuple(loaded), {}, str(error))
+        filled = self.filler.fill(order.loads, lambda: isinstance(linked, Interrupted) or self.channel.is_readable())
+        if filled.is_interrupted or filled.failure:
+            return InstallFailed(order.epoch, tuple(filled.slots), {}, filled.failure)
         prepared = self._prepared
         if prepared is None or replace(prepared[0], loads=order.loads, peers=order.peers) != order:
             prepared = order, routing_of(order)
@@ -189,22 +179,7 @@ class Rank:
         self.engine.slots.drop_staged()
         self.faults.reach("install_end", epoch=order.epoch)
         move_ms = (time.monotonic() - started) * 1e3
-        return Installed(order.epoch, tuple(loaded), moved_bytes(by_source), move_ms, tuple(errors))
-
-    def _fill(self, load: LoadOrder, by_source: Counter[str], errors: list[str]) -> LoadedSlot:
-        """Have a slot hold an expert: it does already, it was staged, or it is read now; bytes read and sources that failed are noted."""
-        key, local = (load.layer, load.slot), SlotLoad(load.layer, load.slot - self.config.first_slot, load.expert)
-        held = self.held.pop(key, None)
-        if held is None or held[0] != load.expert:
-            digest = self.engine.slots.adopt(local)
-            if digest is None:
-                loaded = self.engine.slots.load(local, self.sources.chain(load, {}), load.digest)
-                digest = loaded.digest
-                by_source[loaded.kind] += loaded.num_bytes
-                errors += loaded.errors
-            held = (load.expert, digest)
-        self.held[key] = held
-        return LoadedSlot(load.layer, load.slot, *held)
+        return Installed(order.epoch, tuple(filled.slots), moved_bytes(filled.by_source), move_ms, tuple(filled.errors))
 
     def _run_step(self, order: RunStep) -> StepDone | StepFailed | None:
         if order.epoch != self.epoch or self.routing is None or self.routing.epoch != order.epoch:

@@ -3,6 +3,7 @@ was verified. One expert at a time, at a pace, in the background thread."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from elastic_ep.core.errors import CheckpointError, WrongExpertError
 from elastic_ep.runtime.engine import Slots
 from elastic_ep.runtime.weights.base import digest_of, read_verified, zeroed
+from elastic_ep.runtime.weights.digest import copy
 from elastic_ep.runtime.weights.host import HostBackup
 
 FILLS_PER_SCRUB = 16
@@ -44,6 +46,7 @@ class Upkeep:
         self._fill_bytes_per_s = fill_bytes_per_s
         self._scrub_bytes_per_s = scrub_bytes_per_s
         self._to_scrub: Iterator[tuple[int, int]] = iter(())
+        self._to_map = itertools.product(*map(range, slots.shape[:2]))
         self._spare: torch.Tensor | None = None
         self._steps = 0
 
@@ -61,17 +64,18 @@ class Upkeep:
         return IDLE_S
 
     def _fill(self, backup: HostBackup) -> bool:
-        """Put one more expert into the backup: those of this rank's slots first. False when none is missing."""
+        """Put one more expert into the backup: those of this rank's slots first. When none is missing, map one more of them. False when
+        all are mapped."""
         missing = ~backup.experts
         if not missing.any():
             self._spare = None
-            return False
+            return self._map(backup)
         if self._spare is None:
             self._spare = zeroed(self._slots.shape[2])
         for key, held in list(self._held.items()):
             if missing[key[0], held[0]]:
-                self._spare.copy_(self._slots.slot_bytes(key[0], key[1] - self._first_slot))
-                if self._is_right(key, held, self._spare):
+                slot = self._slots.slot_bytes(key[0], key[1] - self._first_slot)
+                if self._is_right(key, held, copy(self._spare.numpy(), slot.numpy()).digest):
                     backup.write(key[0], held[0], self._spare, held[1])
                 return True
         places = missing.ravel().nonzero()[0]
@@ -84,6 +88,12 @@ class Upkeep:
         backup.write(layer, expert, self._spare, loaded.digest)
         return True
 
+    def _map(self, backup: HostBackup) -> bool:
+        place = next(self._to_map, None)
+        if place is not None:
+            backup.touch(*place)
+        return place is not None
+
     def _scrub(self) -> bool:
         """Look at the next slot. False when none is held."""
         key = next(self._to_scrub, None)
@@ -95,13 +105,12 @@ class Upkeep:
         before = self._held.get(key)
         if before is None:
             return True
-        self._is_right(key, before, self._slots.slot_bytes(key[0], key[1] - self._first_slot))
+        self._is_right(key, before, digest_of(self._slots.slot_bytes(key[0], key[1] - self._first_slot)))
         return True
 
-    def _is_right(self, key: tuple[int, int], held: tuple[int, int], memory: torch.Tensor) -> bool:
-        """Whether these bytes of a slot are those that were verified there. False if the slot was overwritten meanwhile; raises
-        WrongExpertError if not."""
-        found = digest_of(memory)
+    def _is_right(self, key: tuple[int, int], held: tuple[int, int], found: int) -> bool:
+        """Whether a slot's bytes, of digest `found`, are those that were verified there. False if the slot was overwritten meanwhile;
+        raises WrongExpertError if not."""
         if found != held[1] and self._held.get(key) is held:
             raise WrongExpertError(
                 f"slot {key[1]} of MoE layer {key[0]} holds digest {found:016x}; expert {held[0]} was verified there with "

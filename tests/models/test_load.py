@@ -179,7 +179,7 @@ def test_digests(folder: Path) -> None:
     assert World(folder, [[0], [1]]).digests[1, 0] != digests[1, 0]
     with pytest.raises(CheckpointError, match="expert 1 of MoE layer 1"):
         world.engine.slots.load(SlotLoad(1, 0, 1))
-    assert world.engine.slots.find(1, 1) is world.engine.slots._weights[1][1], "the slot that was not touched still serves"
+    assert world.engine.slots.find(1, 1) is world.engine.slots._slots[1][1].weights, "the slot that was not touched still serves"
     with pytest.raises(CheckpointError):
         world.engine.slots.load(SlotLoad(1, 1, 1))
     assert world.engine.slots.find(1, 1) is None

@@ -14,6 +14,7 @@ from elastic_ep.brain.messages import LoadOrder
 from elastic_ep.core.errors import CheckpointError, InvalidInputError, WrongExpertError
 from elastic_ep.runtime.upkeep import IDLE_S, Upkeep
 from elastic_ep.runtime.weights.base import Loaded, digest_of, read_verified
+from elastic_ep.runtime.weights.digest import Read
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.runtime.weights.peer import Peers, PeerServer
 from elastic_ep.runtime.weights.sources import Sources
@@ -33,12 +34,12 @@ class FakeCheckpoint:
         self.reads = 0
         self.error = ""
 
-    def read(self, layer: int, index: int, slot: torch.Tensor) -> int:
+    def read(self, layer: int, index: int, slot: torch.Tensor) -> Read:
         if self.error:
             raise CheckpointError(self.error)
         self.reads += 1
         slot.copy_(expert(layer, index))
-        return BYTES
+        return Read(BYTES, digest_of(slot))
 
     def known_digest(self, layer: int, index: int) -> int | None:
         return None
@@ -166,6 +167,8 @@ def test_the_backup_is_filled_from_slots_first(backup):
     upkeep = Upkeep(slots, 0, slots.held, (0, 1), fill_bytes_per_s=1e9, scrub_bytes_per_s=0)
     for _ in range(LAYERS * EXPERTS):
         assert upkeep.step() == pytest.approx(BYTES / 1e9)
+    for _ in range(LAYERS * EXPERTS):
+        assert upkeep.step() == pytest.approx(BYTES / 1e9), "each expert's pages are mapped, at the same pace"
     assert upkeep.step() == IDLE_S
     assert backup.experts.all()
     assert slots.checkpoint.reads == LAYERS * EXPERTS - 2

@@ -15,10 +15,10 @@ import torch
 
 from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.weights.base import Piece, SlotLayout
+from elastic_ep.runtime.weights.digest import CHUNK_BYTES, Digest, Read
 from elastic_ep.runtime.weights.headers import TensorEntry
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_CHUNK_BYTES = 16 << 20
 
 
 class TensorReader:
@@ -29,23 +29,27 @@ class TensorReader:
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def read_into(self, name: str, item: int | None, into: torch.Tensor) -> int:
-        """Fill a contiguous CPU tensor with a tensor, or with its `item`-th entry, converting the dtype. Returns the bytes read."""
+    def read_into(self, name: str, item: int | None, into: torch.Tensor, digest: Digest | None = None) -> int:
+        """Fill a contiguous CPU tensor with a tensor, or with its `item`-th entry, converting the dtype, and feed the digest with what
+        the tensor holds then. Returns the bytes read."""
         entry = self._entries[name]
         count = into.numel()
         itemsize = (entry.end - entry.begin) // max(1, _numel(entry.shape))
         begin = entry.begin + (0 if item is None else item * count * itemsize)
         source = DTYPES[entry.dtype]
         flat = into.view(-1)
-        if source == into.dtype:
-            self._pread(entry.file, name, begin, flat)
-        else:
-            step = _CHUNK_BYTES // itemsize
-            staging = torch.empty(min(step, count), dtype=source)
-            for first in range(0, count, step):
-                part = staging[: min(step, count - first)]
+        step = max(count, 1) if digest is None and source == into.dtype else CHUNK_BYTES // into.dtype.itemsize
+        staging = None if source == into.dtype else torch.empty(min(step, count), dtype=source)
+        for first in range(0, count, step):
+            stretch = flat[first : first + step]
+            if staging is None:
+                self._pread(entry.file, name, begin + first * itemsize, stretch)
+            else:
+                part = staging[: len(stretch)]
                 self._pread(entry.file, name, begin + first * itemsize, part)
-                flat[first : first + step].copy_(part)
+                stretch.copy_(part)
+            if digest is not None:
+                digest.update(stretch.view(torch.uint8).numpy().data)
         return count * itemsize
 
     def close(self) -> None:
@@ -87,13 +91,20 @@ class CheckpointSource:
         self._layout = layout
         self._pieces = pieces
 
-    def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
-        parts = self._layout.views(slot)
-        total = 0
-        for piece in self._pieces(layer, expert):
-            flat = parts[piece.part].view(-1)
-            total += self._reader.read_into(piece.tensor, piece.item, flat[piece.first : piece.first + _numel(piece.shape)])
-        return total
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> Read:
+        """See `ExpertSource.read`. Pieces are read in the order in which they lie in the slot, as the digest wants them."""
+        parts, size = self._layout.views(slot), self._layout.dtype.itemsize
+        places = [(self._layout.offsets[piece.part] + piece.first * size, piece) for piece in self._pieces(layer, expert)]
+        digest, total, end = Digest(), 0, 0
+        for begin, piece in sorted(places, key=lambda place: place[0]):
+            assert begin >= end, f"{piece} overlaps the one before it"
+            digest.update(slot[end:begin].numpy().data)  # padding
+            count = _numel(piece.shape)
+            into = parts[piece.part].view(-1)[piece.first : piece.first + count]
+            total += self._reader.read_into(piece.tensor, piece.item, into, digest)
+            end = begin + count * size
+        digest.update(slot[end:].numpy().data)
+        return Read(total, digest.intdigest())
 
     def known_digest(self, layer: int, expert: int) -> int | None:
         return None

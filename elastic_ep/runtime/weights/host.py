@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from elastic_ep.core.errors import CheckpointError, InvalidInputError
 from elastic_ep.runtime.faults import FaultPlan
+from elastic_ep.runtime.weights.digest import Read, copy
 
 if TYPE_CHECKING:
     import torch
@@ -69,17 +70,20 @@ class HostBackup:
         """bool [L, E]: what it holds now."""
         return self._ready.astype(bool)
 
-    def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> Read:
         """See `ExpertSource.read`."""
         if not self._ready[layer, expert]:
             raise CheckpointError(f"expert {expert} of MoE layer {layer} is not in the host backup yet")
-        slot.numpy()[:] = self._slots[layer, expert]
-        return self._slot_bytes
+        return copy(slot.numpy(), self._slots[layer, expert])
 
     def view(self, layer: int, expert: int) -> NDArray[np.uint8]:
         """uint8 [slot_bytes]: the expert's bytes in place, whether they are ready or not."""
         view: NDArray[np.uint8] = self._slots[layer, expert]
         return view
+
+    def touch(self, layer: int, expert: int) -> None:
+        """Have this process map an expert's pages, which would else cost the first read of them half as much time again."""
+        self._slots[layer, expert, ::_PAGE].max()
 
     def write(self, layer: int, expert: int, slot: torch.Tensor, digest: int) -> None:
         """Take a copy of verified bytes (uint8 [slot_bytes])."""

@@ -1,4 +1,4 @@
-"""Experts from other ranks' slots, beside the traffic of the steps: its own connections, its own threads, in chunks.
+"""Experts from other ranks' slots, beside the traffic of the steps: its own connections, its own threads.
 
 The channel begins with the mesh's handshake (`dispatch/handshake.py`). A request is (layer, expert), 8 bytes; the answer is a length,
 8 bytes, and so many bytes, or length 0 if the peer does not hold the expert. What a peer sends while it overwrites the slot is found by
@@ -21,12 +21,14 @@ from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.dispatch.addresses import listen
 from elastic_ep.runtime.dispatch.handshake import HELLO_BYTES, WELCOME_BYTES, pack_hello, pack_welcome, parse_hello, parse_welcome
 from elastic_ep.runtime.faults import FaultPlan
+from elastic_ep.runtime.weights.digest import CHUNK_BYTES, Digest, Read
 
 log = logging.getLogger(__name__)
 
 _REQUEST = struct.Struct("<II")
 _LENGTH = struct.Struct("<Q")
-_CHUNK_BYTES = 1 << 18
+_SEND_BUFFER_BYTES = 4 << 20
+"""Of a local socket (the system may give less): the more fits, the less often two threads wait for each other and for a free core."""
 _CONNECT_TIMEOUT_S = 2.0
 _IDLE_TIMEOUT_S = 1.0
 """without a byte for so long, a peer is stopped or cut off, and the next source is asked"""
@@ -70,6 +72,8 @@ class PeerServer:
                 return
             sock.sendall(pack_welcome(bytes(raw), 0, self._token))
             sock.settimeout(None)
+            if sock.family == socket.AF_UNIX:  # the system sizes those of TCP better itself
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             while True:
                 layer, expert = _REQUEST.unpack(_receive(sock, bytearray(_REQUEST.size)))
                 self.faults.reach("serve_expert", layer=layer, expert=expert)
@@ -97,7 +101,7 @@ class PeerSource:
         self._token = token
         self._sock: socket.socket | None = None
 
-    def read(self, layer: int, expert: int, slot: torch.Tensor) -> int:
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> Read:
         """See `ExpertSource.read`. Raises CheckpointError when the peer is gone, silent for a second, or does not have it."""
         view = slot.numpy().data
         try:
@@ -105,8 +109,9 @@ class PeerSource:
             sock.sendall(_REQUEST.pack(layer, expert))
             (length,) = _LENGTH.unpack(_receive(sock, bytearray(_LENGTH.size)))
             if length == len(view):
-                _receive(sock, view, time.monotonic() + _IDLE_TIMEOUT_S + length / _SLOWEST_BYTES_PER_S)
-                return len(view)
+                digest = Digest()
+                _receive(sock, view, time.monotonic() + _IDLE_TIMEOUT_S + length / _SLOWEST_BYTES_PER_S, digest)
+                return Read(len(view), digest.intdigest())
         except OSError as error:
             self.close()
             raise CheckpointError(f"rank {self._peer} at {self._address}: {error or type(error).__name__}") from None
@@ -159,13 +164,16 @@ class Peers:
 
 
 def _send(sock: socket.socket, data: memoryview) -> None:
-    for start in range(0, len(data), _CHUNK_BYTES):
-        sock.sendall(data[start : start + _CHUNK_BYTES])
+    """In one call: a thread that asks for the interpreter after each chunk waits for the steps' thread each time."""
+    sock.sendall(data)
 
 
-def _receive(sock: socket.socket, into: bytearray | memoryview, deadline: float = float("inf")) -> bytearray | memoryview:
-    """Fill `into`. Raises OSError at the end of the stream, when nothing comes within the socket's timeout, or after the deadline."""
-    view, done = memoryview(into), 0
+def _receive(
+    sock: socket.socket, into: bytearray | memoryview, deadline: float = float("inf"), digest: Digest | None = None
+) -> bytearray | memoryview:
+    """Fill `into`, and the digest with it. Raises OSError at the end of the stream, when nothing comes within the socket's timeout, or
+    after the deadline."""
+    view, done, digested = memoryview(into), 0, 0
     while done < len(view):
         if time.monotonic() > deadline:
             raise TimeoutError(f"too slow: {done} of {len(view)} bytes came in time")
@@ -173,4 +181,7 @@ def _receive(sock: socket.socket, into: bytearray | memoryview, deadline: float 
         if not got:
             raise ConnectionResetError("it closed the connection")
         done += got
+        if digest is not None and (done - digested >= CHUNK_BYTES or done == len(view)):
+            digest.update(view[digested:done])
+            digested = done
     return into
