@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from elastic_ep.core.errors import IllegalTransitionError
@@ -155,20 +154,24 @@ class RecoveryRecord:
 
     def as_status(self) -> dict[str, Any]:
         """The object of `/elastic/status`: milliseconds, null for what has not happened yet."""
-        marks = [self.last_sign, self.detected, self.agreed, self.planned, self.moved, self.resumed]
-        spans = [None if a is None or b is None else round((b - a) * 1e3, 3) for a, b in pairwise(marks)]
-        stall = None if self.resumed is None else round((self.resumed - self.last_sign) * 1e3, 3)
-        names = ("detect_ms", "agree_ms", "plan_ms", "move_ms", "resume_ms")
         return {
             "epoch": self.epoch,
             "ranks": list(self.ranks),
             "kind": self.kind,
             "tier": int(self.tier),
-            **dict(zip(names, spans, strict=True)),
-            "stall_ms": stall,
+            "detect_ms": _span_ms(self.last_sign, self.detected),
+            "agree_ms": _span_ms(self.detected, self.agreed),
+            "plan_ms": _span_ms(self.agreed, self.planned),
+            "move_ms": _span_ms(self.planned, self.moved),
+            "resume_ms": _span_ms(self.moved, self.resumed),
+            "stall_ms": _span_ms(self.last_sign, self.resumed),
             "stage_ms": round(self.stage_ms, 3),
             "rank_move_ms": round(self.rank_move_ms, 3),
             "experts_lost": self.experts_lost,
             "bytes_moved": dict(self.bytes_moved),
             "reason": self.reason,
         }
+
+
+def _span_ms(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else round((end - begin) * 1e3, 3)
