@@ -24,21 +24,28 @@ from tests.models.gpu_world import GpuWorld, needs_gpu
 from tests.models.world import World
 
 pytestmark = needs_gpu
-DTYPES = {"float32": 2e-3, "bfloat16": 0.25}
-"""how far logits of several units may be from the processor's, which sums in another order"""
+TOKENS = [(7 * i) % 160 for i in range(90)]
+CUTS = [1, 2, 30, 31, 64, 65, 80, 90]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def logits_of(world: World) -> torch.Tensor:
+    return torch.stack(list(world.logits_at(1, TOKENS, CUTS).values()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_the_processor(family: str, dtype: str, checkpoint: Callable[..., Path]) -> None:
-    folder = checkpoint(family, dtype)
-    tokens = [(7 * i) % 160 for i in range(90)]
-    expected, got = (kind(folder).logits_at(1, tokens, [30, 31, 90]) for kind in (World, GpuWorld))
-    for position, logits in expected.items():
-        difference = (logits - got[position]).abs()
-        assert difference.mean() < DTYPES[dtype], f"position {position}: {difference.max()}"
-        if dtype == "float32":
-            assert difference.max() < 10 * DTYPES[dtype]
+def test_logits_are_those_of_the_processor(family: str, checkpoint: Callable[..., Path]) -> None:
+    """They are several units apart; the sums have another order."""
+    folder = checkpoint(family, "float32")
+    assert (logits_of(World(folder)) - logits_of(GpuWorld(folder))).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_near_to_the_truth_as_on_the_processor(family: str, checkpoint: Callable[..., Path]) -> None:
+    """Rounding alone changes an expert here and there, so the two are compared by their distance from float32."""
+    folder = checkpoint(family, "bfloat16")
+    truth = logits_of(World(folder, dtype="float32"))
+    ours, theirs = (float((logits_of(kind(folder)) - truth).abs().mean()) for kind in (GpuWorld, World))
+    assert ours < 1.7 * theirs + 0.02
 
 
 def test_sampling_and_logprobs_are_computed_as_on_the_processor(checkpoint: Callable[..., Path]) -> None:
@@ -48,7 +55,7 @@ def test_sampling_and_logprobs_are_computed_as_on_the_processor(checkpoint: Call
     token = out.tokens[0]
     expected = torch.log_softmax(world.engine.logits[1].double(), dim=0)
     assert token.logprob == pytest.approx(float(expected[token.token]), abs=1e-6)
-    assert [i for i, _ in token.top_logprobs] == expected.topk(3).indices.tolist()
+    assert [i for i, _ in token.top] == expected.topk(3).indices.tolist()
     assert out.expert_counts.sum() == out.expert_counts.shape[0] * 3 * world.engine.spec.num_experts_per_tok
 
 

@@ -159,7 +159,7 @@ def attend(
     head_mask = group < GROUP
     q_at = query + (token * num_heads + heads)[:, None] * key_dim + dims[None, :]
     q = tl.load(q_at, mask=head_mask[:, None] & (dims < key_dim)[None, :], other=0.0)
-    first = 0
+    first = position * 0
     if window > 0:
         first = tl.maximum(position + 1 - window, 0)
     best = tl.full((BH,), float("-inf"), dtype=tl.float32)

@@ -45,6 +45,7 @@ class DeviceSlots:
     ):
         self.num_experts = num_experts
         self.num_slots = num_slots
+        self.readers = 1  # each reader would have pinned memory of its own
         self.shape = (num_layers, num_experts, layout.num_bytes)
         self.checkpoint = source
         self.device = device

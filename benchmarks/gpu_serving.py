@@ -1,0 +1,203 @@
+"""Ranks on one GPU: throughput beside transformers, what a death costs with and without replicas, what a rejoin costs.
+
+python benchmarks/gpu_serving.py --shape qwen3-30b-a3b --folder /a/ramdisk [--layers N] [--parts throughput,replicas,lost] [--json]
+
+The checkpoint is random and written to `folder` first (61 GB for all 48 layers of qwen3-30b-a3b). Streams are greedy; what every client
+got is compared with an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_checkpoints import SHAPES, config_of, write
+
+from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
+from elastic_ep.testing.client import StreamRecord, stream_all
+from elastic_ep.testing.server import ServerProcess
+
+EP_SIZE, NUM_STREAMS, PROMPT_TOKENS = 4, 32, 64
+PCIE_BYTES_PER_S = 55e9
+"""registered host memory to one H200 (docs/gpu.md)"""
+
+
+def prompts(vocab: int) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(vocab) for _ in range(PROMPT_TOKENS)] for _ in range(NUM_STREAMS)]
+
+
+def arguments(redundant: int, *more: str) -> list[str]:
+    return [
+        "--ep-size", str(EP_SIZE), "--device", "cuda", "--num-redundant-experts", str(redundant), "--kv-tokens", "16384",
+        "--max-num-batched-tokens", "512", "--rebalance-interval", "0", "--scrub-bytes-per-second", "0", "--log-level", "WARNING", *more,
+    ]  # fmt: skip
+
+
+def run(server: ServerProcess, spec: ModelSpec, tokens: int) -> tuple[list[StreamRecord], float]:
+    """All streams at once; what came, and the seconds that it took."""
+    began = time.monotonic()
+    records = asyncio.run(
+        stream_all(server.url, server.facts["model"], prompts(spec.vocab_size), max_tokens=tokens, temperature=0, ignore_eos=True)
+    )
+    errors = [record.error for record in records if record.error]
+    assert not errors, errors[0]
+    return records, time.monotonic() - began
+
+
+async def _with_kill(server: ServerProcess, spec: ModelSpec, tokens: int, rank: int, after: int) -> tuple[list[StreamRecord], float]:
+    asked = prompts(spec.vocab_size)
+    streams = asyncio.create_task(stream_all(server.url, server.facts["model"], asked, max_tokens=tokens, temperature=0, ignore_eos=True))
+    start = (await asyncio.to_thread(server.status))["tokens_committed"]
+    pid = server.rank_pid(rank)
+    while (await asyncio.to_thread(server.status))["tokens_committed"] < start + after:
+        await asyncio.sleep(0.02)
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    return await streams, killed
+
+
+def kill(server: ServerProcess, spec: ModelSpec, tokens: int, expected: list[StreamRecord], rank: int) -> dict[str, Any]:
+    """kill -9 of a rank amid the streams, and what came of it until the last one ended."""
+    before = len(server.status()["recoveries"])
+    records, killed = asyncio.run(_with_kill(server, spec, tokens, rank, NUM_STREAMS * tokens // 4))
+    differing = sum(a.token_ids != b.token_ids for a, b in zip(records, expected, strict=True))
+    recovery = server.status()["recoveries"][before]
+    quiet = [gap for record in expected for gap in record.gaps_s[1:]]
+    resumed = killed + recovery["stall_ms"] / 1e3
+    later = [b - a for r in records for a, b in zip(r.times, r.times[1:], strict=False) if a > resumed + 0.05]
+    return {
+        "step_ms": 1e3 * float(np.median(quiet)),
+        "longest_quiet_gap_ms": 1e3 * max(quiet),
+        "kill_to_next_token_ms": _stalls(records, killed, float(np.median(quiet))),
+        "longest_later_gap_ms": 1e3 * max(later, default=0.0),
+        "differing_streams": differing,
+        "recovery": {
+            key: value for key, value in recovery.items() if key.endswith("_ms") or key in ("tier", "experts_lost", "bytes_moved")
+        },
+    }
+
+
+def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[str, float]:
+    """From the kill to each stream's next token. What comes within a quarter of a step was computed before the kill."""
+    stalls = [min(t - killed for t in r.times if t > killed + step_s / 4) * 1e3 for r in records if r.times[-1] > killed + step_s / 4]
+    return {"first": min(stalls), "median": float(np.median(stalls)), "last": max(stalls)}
+
+
+def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: bool) -> dict[str, Any]:
+    """With a replica of every expert, or with just enough slots for three ranks to hold all (then lost ones come from the host)."""
+    redundant = spec.num_experts if replicas else -(-spec.num_experts // (EP_SIZE - 1) // 8) * 8 * EP_SIZE - spec.num_experts
+    more = [] if replicas else ["--host-backup", "experts"]
+    began = time.monotonic()
+    with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
+        started = time.monotonic() - began
+        expected, _ = run(server, spec, tokens)
+        expected, _ = run(server, spec, tokens)
+        if not replicas:
+            server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
+            time.sleep(5.0)  # pages are registered with the driver after that
+        found = []
+        for number in range(kills):
+            found.append(kill(server, spec, tokens, expected, (1 + number) % EP_SIZE))
+            server.wait_status(lambda s: sum(s["active_ranks"]) == EP_SIZE and s["phase"] == "serving", 120)
+            time.sleep(1.0)
+        rejoins = [r for r in server.status()["recoveries"] if r["kind"] == "rejoin"]
+    lost = spec.num_layers * spec.num_experts // EP_SIZE
+    return {"start_s": started, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins], "experts_of_a_rank": lost}
+
+
+def throughput(folder: Path, spec: ModelSpec, tokens: int, *more: str) -> dict[str, float]:
+    with ServerProcess(folder, *arguments(0, *more), start_timeout_s=500) as server:
+        run(server, spec, tokens)
+        taken = [run(server, spec, tokens) for _ in range(3)]
+        steps = [gap for records, _ in taken for record in records for gap in record.gaps_s[1:]]
+    return {"tokens_per_s": NUM_STREAMS * tokens / float(np.median([s for _, s in taken])), "step_ms": 1e3 * float(np.median(steps))}
+
+
+def _transformers(folder: str, tokens: int, pipe: Any) -> None:
+    """One process, the same sizes, `generate` over one batch of equal lengths: its easiest case."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="grouped_mm")
+    model = model.to_empty(device="cuda").eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).cuda()
+    ids = torch.tensor(prompts(config.vocab_size), device="cuda")
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    seconds = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        began = time.monotonic()
+        model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        torch.cuda.synchronize()
+        seconds.append(time.monotonic() - began)
+    pipe.send(seconds[1:])
+
+
+def peer(folder: Path, tokens: int) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_transformers, args=(str(folder), tokens, theirs), daemon=True)
+    process.start()
+    if not ours.poll(300):
+        process.kill()
+        return {}
+    seconds = float(np.median(ours.recv()))
+    process.join()
+    return {"tokens_per_s": NUM_STREAMS * tokens / seconds, "step_ms": 1e3 * seconds / tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint goes; memory, best")
+    parser.add_argument("--checkpoint", type=Path, help="use this one, whatever its shape")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--parts", default="throughput,replicas,lost")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    folder = args.checkpoint or args.folder / args.shape
+    if args.checkpoint is None:
+        began = time.monotonic()
+        num_bytes = write(folder, config_of(args.shape, args.layers))
+        print(f"wrote {num_bytes / 1e9:.1f} GB in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    spec = inspect_checkpoint(folder)
+    report: dict[str, Any] = {"layers": spec.num_layers, "experts": spec.num_experts, "slot_bytes": spec.slot_bytes(None)}
+    parts: dict[str, Any] = {
+        "throughput": lambda: throughput(folder, spec, args.tokens),
+        "fast": lambda: throughput(folder, spec, args.tokens, "--fast-math"),
+        "transformers": lambda: peer(folder, args.tokens),
+        "replicas": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=True),
+        "lost": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=False),
+    }
+    for part in args.parts.split(","):
+        began = time.monotonic()
+        try:
+            report[part] = parts[part]()
+        except Exception as error:  # the other parts are measured all the same
+            report[part] = {"error": f"{type(error).__name__}: {error}"[-2000:]}
+        print(f"{part}: {time.monotonic() - began:.0f} s\n{json.dumps(report[part])}", file=sys.stderr, flush=True)
+    if "lost" in report and "experts_of_a_rank" in report["lost"]:
+        num_bytes = report["lost"]["experts_of_a_rank"] * report["slot_bytes"]
+        report["lost"]["floor_ms"] = 1e3 * num_bytes / PCIE_BYTES_PER_S
+    print(json.dumps(report, indent=None if args.json else 1))
+
+
+if __name__ == "__main__":
+    main()
