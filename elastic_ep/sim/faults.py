@@ -33,6 +33,22 @@ def do(world: World, fault: Fault) -> None:
             wire = world.net.wire(rank, fault.peer)
             wire.factor = 100.0
             after(fault.seconds, setattr, wire, "factor", 1.0)
+        case FaultKind.NODE_DOWN:
+            node_down(world, rank, fault.seconds)
+        case FaultKind.CUT_HOST | FaultKind.AGENT_DIES:
+            host = world.hosts.get(rank) or next(iter(world.hosts.values()), None)
+            if host is not None:
+                (host.cut if fault.kind is FaultKind.CUT_HOST else host.agent_dies)(fault.seconds)
+        case FaultKind.DISK_SLOW:
+            machine = world.machine_of(rank)
+            machine.disk_factor = 40.0
+            after(fault.seconds, setattr, machine, "disk_factor", 1.0)
+        case FaultKind.DISK_FAILS:
+            machine = world.machine_of(rank)
+            machine.disk_fails = True
+            after(fault.seconds, setattr, machine, "disk_fails", False)
+        case FaultKind.FLIP_BACKUP:
+            world.machine_of(rank).flip_backup()
         case _ if process is None or not process.is_alive:
             return
         case FaultKind.CRASH:
@@ -67,7 +83,17 @@ def crash(world: World, process: Process) -> None:
     if process.is_alive:
         harm(world, process, "crash")
         process.die()
-        world.seen(process, FailureCause.EXITED)
+
+
+def node_down(world: World, rank: int, seconds: float) -> None:
+    host = world.hosts.get(rank)
+    if host is not None:
+        host.go_down(seconds)
+        return
+    labels = world.brain.state.topology.domains.get("node")
+    for process in list(world.processes.values()):
+        if process.rank == rank or (labels is not None and labels[process.rank] == labels[rank]):
+            crash(world, process)
 
 
 def go_on(world: World, process: Process) -> None:

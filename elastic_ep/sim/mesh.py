@@ -109,6 +109,12 @@ class Mesh:
             end.close()
         self.ends.clear()
 
+    def abandon(self) -> None:
+        """Nothing is sent any more, and nobody is told."""
+        for end in self.ends.values():
+            end.is_open = False
+        self.ends.clear()
+
     def _call(self, rank: int) -> None:
         world = self.owner.world
         call = self.calls[rank] = Call(self.owner, rank, self.peers[rank])

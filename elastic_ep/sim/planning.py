@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import planner
 from elastic_ep.brain.brain import Brain
@@ -13,29 +16,31 @@ from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.topology import Topology
 from elastic_ep.sim.routing import Routing
 
+Backups = dict[str, NDArray[np.bool_]]
 REMEMBERED = 20_000
 _plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _routings: OrderedDict[tuple[Any, ...], Routing] = OrderedDict()
 
 
-def answer(brain: Brain, command: ev.MakePlan) -> ev.Planned:
-    """Solve for these members, from what the slots hold now."""
+def answer(brain: Brain, command: ev.MakePlan, backups: Backups) -> ev.Planned:
+    """Solve for these members, from what slots and hosts' copies hold now."""
     state = brain.state
     topology, contents = topology_of(brain), state.contents.experts
     load = state.load.recent()
-    asked = (state.settings.plan, topology.slots_per_rank, command.active, command.change is None, command.leaving)
-    key = (*asked, contents.tobytes(), contents.shape, None if load is None else load.tobytes())
+    where = (topology.slots_per_rank, topology.domains.get("node"), tuple((label, has.tobytes()) for label, has in backups.items()))
+    asked = (state.settings.plan, command.active, command.change is None, command.leaving)
+    key = (*asked, *where, contents.tobytes(), contents.shape, None if load is None else load.tobytes())
     if key not in _plans:
-        _remember(_plans, key, _solve(brain, command))
+        _remember(_plans, key, _solve(brain, command, backups))
     plans, reason = _plans[key]
     if not plans:
         return ev.Planned(command.epoch, None, reason, command.change)
     return ev.Planned(command.epoch, plans[0], change=command.change, then=plans[1:])
 
 
-def _solve(brain: Brain, command: ev.MakePlan) -> tuple[tuple[ev.GroupPlan, ...], str]:
+def _solve(brain: Brain, command: ev.MakePlan, backups: Backups) -> tuple[tuple[ev.GroupPlan, ...], str]:
     state = brain.state
-    arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, state.load.recent())
+    arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, state.load.recent(), backups)
     try:
         if command.change is None:
             return (planner.plan(*arguments),), ""

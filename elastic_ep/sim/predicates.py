@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from elastic_ep.brain import events as ev
-from elastic_ep.brain import operations
+from elastic_ep.brain import members, operations
 from elastic_ep.brain.messages import RunStep, StepDone
 from elastic_ep.brain.seats import SeatState
 from elastic_ep.core.placement import EMPTY
@@ -18,7 +18,7 @@ from elastic_ep.core.recovery import Phase
 from elastic_ep.sim import tokens
 from elastic_ep.sim.planning import describe, topology_of
 from elastic_ep.sim.process import Process
-from elastic_ep.sim.world import Heard, World
+from elastic_ep.sim.world import NOTHING, Declared, Heard, World
 
 
 class Violation(Exception):
@@ -134,6 +134,9 @@ def bounded_waits(world: World) -> None:
         late = state.restore_due and is_free and state.group.phase is Phase.SERVING
         require(not late, "bounded_waits", "redundancy is to be restored, nothing hinders it, and nothing does it")
     _check_lengths(world, now)
+    if not world.heard[0].is_beat:
+        _check_seats(world)
+        _check_retries(world, now)
     limit = 2 * world.settings.heartbeat_timeout_s + SLACK_S
     for (rank, incarnation), (since, how) in world.harmed.items():
         seat = state.seats[rank]
@@ -159,6 +162,35 @@ def _check_lengths(world: World, now: float) -> None:
                 raise Violation("bounded_waits", f"transaction {transaction.number} lasts {lasted:.2f} s")
 
 
+def _check_seats(world: World) -> None:
+    """No seat stays empty that may be filled, none is filled whose host is away, and a start waits for nobody who is not coming."""
+    state = world.brain.state
+    is_booting = state.group.phase is Phase.BOOTING
+    for seat in state.seats:
+        if seat.state is SeatState.DEAD and seat.restart_at is None and not seat.absent and members.may_restart(state, seat):
+            raise Violation("bounded_waits", f"seat {seat.rank} is empty, its host is here, and nobody is to fill it")
+        is_booting = is_booting and seat.state not in (SeatState.STARTING, SeatState.LOADING, SeatState.FENCING)
+    ready = is_booting and any(seat.state is SeatState.READY for seat in state.seats)
+    require(not ready, "bounded_waits", "all ranks that live are ready, and the group still boots")
+    for heard in world.heard:
+        for command in heard.commands:
+            if isinstance(command, ev.StartRank) and state.seats[command.rank].absent:
+                raise Violation("bounded_waits", f"rank {command.rank} is started on a host that is away")
+
+
+def _check_retries(world: World, now: float) -> None:
+    """A change that could not be made is not begun again at once."""
+    for heard in world.heard:
+        for command in heard.commands:
+            if isinstance(command, ev.Publish) and command.kind == "change_failed":
+                world.change_failed_at = now
+            elif isinstance(command, ev.MakePlan) and command.change is not None and world.change_failed_at is not None:
+                waited = now - world.change_failed_at
+                soonest = world.settings.restart_backoff_s
+                require(waited > soonest - 1e-9, "bounded_waits", f"a change that failed is begun again after {waited:.4f} s")
+                world.change_failed_at = None
+
+
 def any_rank_may_die(world: World) -> None:
     """Promise 5: the brain never fails, and never ends while a process lives or may be started."""
     state = world.brain.state
@@ -176,35 +208,48 @@ def declared_survivability(world: World) -> None:
     for heard in world.heard:
         event = heard.event
         if isinstance(event, ev.Planned) and event.change is None and event.plan is not None and event.epoch == state.membership.epoch:
-            declared, members = world.declared
-            gone = members - world.members
-            if members and len(gone) <= declared:
-                require(
-                    not event.plan.experts_lost, "declared_survivability", f"said to survive any {declared}; losing {sorted(gone)} does not"
-                )
+            said = world.declared
+            gone = said.members - world.members
+            labels = _nodes(world)
+            in_one_node = said.any_node and len({labels[rank] for rank, _ in gone}) == 1
+            if said.members and event.plan.experts_lost and (len(gone) <= said.any_ranks or in_one_node):
+                how = f"said to survive any {said.any_ranks}{' and any node' * said.any_node}; losing {sorted(gone)} does not"
+                raise Violation("declared_survivability", how)
         for command in heard.commands:
             if isinstance(command, ev.Send) and type(command.message).__name__ == "Install":
-                world.declared = (0, set())
+                world.declared = NOTHING
             elif isinstance(command, ev.Publish) and command.kind == "installed":
                 assert state.plan is not None
-                world.declared = (int(state.plan.survives["any_ranks"]), world.members)
-                _check_survives(world, world.declared[0], set(state.membership.ranks))
+                says = state.plan.survives
+                world.declared = Declared(int(says["any_ranks"]), bool(says["any_node"]), frozenset(world.members))
+                _check_survives(world, world.declared)
 
 
-def _check_survives(world: World, declared: int, members: set[int]) -> None:
+def _nodes(world: World) -> tuple[str, ...]:
+    topology = topology_of(world.brain)
+    return topology.labels("node" if "node" in topology.domains else "rank")
+
+
+def _check_survives(world: World, said: Declared) -> None:
     state = world.brain.state
+    there = {rank for rank, _ in said.members}
     hosts: dict[tuple[int, int], set[int]] = {}
-    for rank in members:
+    for rank in there:
         process = world.processes[rank, state.seats[rank].incarnation]
         if process.routing is not None:
             for key in process.routing.own[rank]:
                 if key in process.held:
                     hosts.setdefault((key[0], process.held[key][0]), set()).add(rank)
     count = state.settings.num_layers * state.settings.plan.num_experts
-    for size in range(1, min(declared, len(members)) + 1):
-        for lost in combinations(sorted(members), size):
-            left = sum(1 for ranks in hosts.values() if not ranks <= set(lost))
-            require(left == count, "declared_survivability", f"said to survive any {declared}; losing {lost} leaves {left} of {count}")
+    sets = [set(lost) for size in range(1, min(said.any_ranks, len(there)) + 1) for lost in combinations(sorted(there), size)]
+    if said.any_node:
+        labels = _nodes(world)
+        sets += [{rank for rank in there if labels[rank] == label} for label in sorted({labels[rank] for rank in there})]
+    for lost in sets:
+        left = sum(1 for ranks in hosts.values() if not ranks <= lost)
+        if left != count:
+            how = f"said to survive any {said.any_ranks}{' and any node' * said.any_node}; losing {sorted(lost)} leaves {left} of {count}"
+            raise Violation("declared_survivability", how)
 
 
 def right_or_refused(world: World) -> None:
@@ -224,9 +269,9 @@ def right_or_refused(world: World) -> None:
         if heard.has_installed:
             _check_complete(world)
     if state.group.phase is Phase.REFUSING and world.heard:
-        members = sum(s.state is SeatState.ACTIVE for s in state.seats)
-        short = members * world.schedule.slots_per_rank < state.settings.plan.num_experts
-        require(short and not world.schedule.stream, "right_or_refused", f"refuses with {members} members")
+        there = sum(s.state is SeatState.ACTIVE for s in state.seats)
+        short = there * world.schedule.slots_per_rank < state.settings.plan.num_experts
+        require(short and not world.schedule.stream, "right_or_refused", f"refuses with {there} members")
 
 
 def _check_complete(world: World) -> None:
@@ -333,3 +378,5 @@ def check_end(world: World, patience_s: float) -> None:
         done = client.finish or client.is_cancelled
         phase: Any = world.brain.state.group.phase.value
         require(done, "any_rank_may_die", f"request {name} has {len(client.tokens)} tokens {patience_s:g} s after the last fault, {phase}")
+    left = world.unsettled()
+    require(not left, "bounded_waits", f"{left} {patience_s:g} s after the last fault")

@@ -22,17 +22,18 @@ from elastic_ep.brain.messages import (
     Installed,
     InstallFailed,
     LoadedSlot,
-    LoadOrder,
+    RankFatal,
     RunStep,
     SampledToken,
     Shutdown,
     Stage,
     Staged,
     StageFailed,
+    StartOver,
     StepDone,
     StepFailed,
 )
-from elastic_ep.sim import tokens
+from elastic_ep.sim import machines, tokens
 from elastic_ep.sim.mesh import EOF, End, Mesh
 from elastic_ep.sim.routing import Routing
 
@@ -92,6 +93,7 @@ class Process:
         self.held: Held = {}
         self.staged: Held = {}
         self.staging: Stage | None = None
+        self.is_filling = False
         self.kv: dict[int, list[int]] = {}
         self.parts: dict[int, dict[int, Part]] = {}
         self.counts = self.no_counts()
@@ -121,7 +123,14 @@ class Process:
         """The process runs: it dials the controller, beats, and reads its dense weights."""
         self.say(Hello(self.rank, self.incarnation, 1000 + self.rank, "host", "token", self.address))
         self.beat()
-        self.later(self.world.dense_load_s(), self.say, DenseLoaded(0, 1.0))
+        self.later(self.world.dense_load_s() * self.world.machine_of(self.rank).disk_factor, self.load_dense)
+
+    def load_dense(self) -> None:
+        if self.world.machine_of(self.rank).disk_fails:
+            self.say(RankFatal("cannot read the checkpoint"))
+            self.die()
+        else:
+            self.say(DenseLoaded(0, 1.0))
 
     def beat(self) -> None:
         if self.is_alive:
@@ -132,12 +141,23 @@ class Process:
     def say(self, message: Any) -> None:
         self.up.send(message)
 
-    def die(self) -> None:
+    def die(self, silently: bool = False) -> None:
+        """The process ends, and its channels are closed; silently: the power of its host failed, and nobody is told."""
         if self.is_alive:
             self.is_alive = False
-            self.mesh.close()
-            self.up.send(EOF)
+            if not silently:
+                self.mesh.close()
+                self.up.send(EOF)
+            self.mesh.abandon()
             self.up.is_closed = True
+            self.world.ended(self)
+
+    def shut_out(self) -> None:
+        """Its control channel is closed, or it is told to start over: the thread that beats ends the process, whatever that is in."""
+        if self.is_stopped:
+            self.frozen.append((self.die, ()))
+        else:
+            self.die()
 
     def stop(self) -> None:
         if self.is_alive and not self.is_stopped:
@@ -181,7 +201,7 @@ class Process:
             case Stage():
                 self.staging, self.staged = message, {}
                 self.stage_next(message, 0)
-            case Shutdown():
+            case Shutdown() | StartOver():
                 self.die()
 
     def end_job(self, answer: Any) -> None:
@@ -228,7 +248,7 @@ class Process:
             load = order.loads[index]
             key = (load.layer, load.slot)
             has = self.held.get(key, (None,))[0] == load.expert or self.staged.get(key, (None,))[0] == load.expert
-            seconds = 0.0 if has else self.world.read_s()
+            seconds = 0.0 if has else self.world.read_s(self, load)
             self.later(seconds, self.load_done, job, index)
 
     def load_done(self, job: InstallJob, index: int) -> None:
@@ -237,7 +257,7 @@ class Process:
         found = self.held.get(key)
         if found is None or found[0] != load.expert:
             staged = self.staged.pop(key, None)
-            content = staged[1] if staged is not None and staged[0] == load.expert else self.read(load)
+            content = staged[1] if staged is not None and staged[0] == load.expert else machines.read(self.world, self, load)
             if content is None:
                 self.end_job(InstallFailed(job.order.epoch, tuple(job.loaded), {}, f"expert {load.expert}: no source has its bytes"))
                 return
@@ -252,23 +272,21 @@ class Process:
         self.world.note_fact("installed", self, order, self.epoch)
         num_bytes = self.world.bytes_per_expert * len(job.loaded)
         self.end_job(Installed(order.epoch, tuple(job.loaded), {"checkpoint": num_bytes}, 0.1))
+        if self.world.schedule.has_backup and not self.is_filling:
+            self.is_filling = True
+            self.later(machines.FILL_S, self.upkeep)
 
-    def read(self, load: LoadOrder) -> int | None:
-        """The bytes of one expert, from a peer if so ordered, else from the checkpoint; None if neither gives what it should be."""
-        for content in (self.world.read_from_peer(self, load), tokens.expert_bytes(load.layer, load.expert)):
-            if content is None:
-                continue
-            if self.world.takes_flip(self, load):
-                content ^= 1 << 17
-            if load.digest is None or content == load.digest:
-                return content
-        return None
+    def upkeep(self) -> None:
+        """In the background: fill the host's copy, until nothing is missing."""
+        self.is_filling = machines.fill(self.world, self)
+        if self.is_filling:
+            self.later(machines.FILL_S, self.upkeep)
 
     def stage_next(self, stage: Stage, index: int) -> None:
         if self.staging is not stage:
             return
         if index < len(stage.loads):
-            self.later(self.world.read_s(), self.stage_done, stage, index)
+            self.later(self.world.read_s(self, stage.loads[index]), self.stage_done, stage, index)
         else:
             self.say(Staged(stage.change, {"checkpoint": self.world.bytes_per_expert * len(stage.loads)}))
 
@@ -276,7 +294,7 @@ class Process:
         if self.staging is not stage:
             return
         load = stage.loads[index]
-        content = self.read(load)
+        content = machines.read(self.world, self, load)
         if content is None:
             self.say(StageFailed(stage.change, f"expert {load.expert}: no source has its bytes"))
             return

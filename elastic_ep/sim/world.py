@@ -10,13 +10,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastic_ep.brain import events as ev
+from elastic_ep.brain import members
 from elastic_ep.brain.brain import Brain
-from elastic_ep.brain.messages import Heartbeat, Hello, Install, LoadOrder, SamplingParams
+from elastic_ep.brain.messages import Heartbeat, Hello, Install, LoadOrder, SamplingParams, StartOver
+from elastic_ep.brain.seats import SeatState
 from elastic_ep.core.recovery import Phase
 from elastic_ep.sim import faults, planning, tokens
+from elastic_ep.sim.agents import WAIT_S, hosts_of
+from elastic_ep.sim.machines import HERE, Machine
 from elastic_ep.sim.mesh import EOF, Call
 from elastic_ep.sim.network import CONTROLLER, Channel, Network
 from elastic_ep.sim.process import Process
@@ -63,6 +67,17 @@ class Client:
         return tokens.expected_tokens(self.request.prompt, self.request.max_tokens)
 
 
+class Declared(NamedTuple):
+    """What the placement in force is said to survive, and the members of which that was said; of nobody while an install is under way."""
+
+    any_ranks: int
+    any_node: bool
+    members: frozenset[tuple[int, int]]
+
+
+NOTHING = Declared(0, False, frozenset())
+
+
 class World:
     """A brain, its ranks and its clients.
 
@@ -106,8 +121,9 @@ class World:
         self.saw_down = False
         self.ordered: dict[tuple[int, int], set[tuple[int, int]]] = {}
         """(epoch, step) -> processes that were told to run it"""
-        self.declared: tuple[int, set[tuple[int, int]]] = (0, set())
-        """how many ranks may fail, and the members of which that was said; (0, nobody) while an install is under way"""
+        self.declared = NOTHING
+        self.change_failed_at: float | None = None
+        """when a change was put off, until another is begun"""
         self.plans_due = 0
         self.stopped: str | None = None
         self.timer_at: float | None = None
@@ -118,8 +134,17 @@ class World:
         self._orders = deque(sorted(schedule.orders, key=lambda o: o.after))
         self._cancels: list[tuple[int, str]] = []
         self._next_at = 0
+        self.machines = {name: Machine(name, schedule.has_backup) for name in (HERE, *schedule.remote)}
+        self.hosts = hosts_of(self, self.machines)
+        """rank -> its host, for seats of other hosts"""
+        for host in dict.fromkeys(self.hosts.values()):
+            self.timeline.after(schedule.late_s * self.rng.random(), host.arrive)
+            self.timeline.after(WAIT_S, host.stop_waiting)
         for rank in range(schedule.ep_size):
-            self.timeline.after(0.001 * self.rng.random(), self.spawn, rank, 0)
+            if rank in self.hosts:
+                self.hosts[rank].start(rank, 0)
+            else:
+                self.timeline.after(0.001 * self.rng.random(), self.spawn, rank, 0)
         self._set_timer()
 
     # ---- the run
@@ -138,8 +163,24 @@ class World:
     @property
     def is_over(self) -> bool:
         """Every fault and request has been, and nothing is left to wait for."""
-        left = self._faults or self._requests or self._cancels or self._orders or self.operation_runs
-        return not left and all(c.finish or c.is_cancelled for c in self.clients.values())
+        if self._faults or self._requests or self._cancels or self._orders or self.operation_runs:
+            return False
+        return all(c.finish or c.is_cancelled for c in self.clients.values()) and self.unsettled() == ""
+
+    def unsettled(self) -> str:
+        """What is still to come though no client waits for it: hosts that return, seats that are filled, redundancy. "" when nothing is."""
+        state = self.brain.state
+        if self.stopped is not None or state.stopping:
+            return ""
+        for host in self.hosts.values():
+            if not host.agent or host.holder != host.agent:
+                return f"host {host.machine.name} is away"
+        settled = (SeatState.ACTIVE, SeatState.READY) if state.group.phase is Phase.REFUSING else (SeatState.ACTIVE,)
+        for seat in state.seats:
+            if seat.state not in settled and (seat.is_alive or seat.state is SeatState.FENCING or members.may_restart(state, seat)):
+                return f"rank {seat.rank} is {seat.state.value}"
+        is_calm = state.change is None and state.next_round is None and not state.restore_due and state.group.phase is Phase.SERVING
+        return "" if is_calm or state.group.phase is Phase.REFUSING else f"the group is {state.group.phase.value}, and changes"
 
     @property
     def operation_runs(self) -> bool:
@@ -260,11 +301,13 @@ class World:
                 self.emit(command.request_id, command.event)
             case ev.Fence():
                 self.fence(command.rank, command.incarnation)
+            case ev.StartRank() if command.rank in self.hosts:
+                self.hosts[command.rank].start(command.rank, command.incarnation)
             case ev.StartRank():
                 self.timeline.after(0.01 + 0.02 * self.rng.random(), self.spawn, command.rank, command.incarnation)
             case ev.MakePlan():
                 self.plans_due += 1
-                answer = planning.answer(self.brain, command)
+                answer = planning.answer(self.brain, command, self.backups())
                 if self.schedule.plan_s:
                     self.timeline.after(self.schedule.plan_s * (0.5 + self.rng.random()), self.planned, answer)
                 else:
@@ -307,12 +350,14 @@ class World:
     # ---- processes
 
     def spawn(self, rank: int, incarnation: int) -> None:
-        if not self.brain.expects(rank, incarnation):
-            return
+        if self.brain.expects(rank, incarnation):
+            self.begin(rank, incarnation)
+
+    def begin(self, rank: int, incarnation: int) -> None:
         process = Process(self, rank, incarnation, 1.0 + 0.1 * (self.rng.random() - 0.5))
         self.processes[rank, incarnation] = process
         self.by_address[process.address] = process
-        self.down[rank, incarnation] = Channel(self.net, CONTROLLER, rank, partial(process.guarded, process.hear))
+        self.down[rank, incarnation] = Channel(self.net, CONTROLLER, rank, partial(self.on_word, process))
         process.start()
         if rank in self.doomed:
             self.timeline.after(self.doomed.pop(rank), faults.crash, self, process)
@@ -323,24 +368,51 @@ class World:
     def open_channel(self, process: Process) -> Channel:
         return Channel(self.net, process.rank, CONTROLLER, partial(self.on_message, process))
 
+    def on_word(self, process: Process, message: Any) -> None:
+        """Something that the controller said arrives."""
+        if message is EOF or isinstance(message, StartOver):
+            process.shut_out()
+        else:
+            process.guarded(process.hear, message)
+
     def on_message(self, process: Process, message: Any) -> None:
         """Something a process said arrives; also of one given up, as it may have been on its way."""
         key = (process.rank, process.incarnation)
         if message is EOF:
             self.feed(ev.RankFailed(*key, ev.FailureCause.CHANNEL_CLOSED))
         elif isinstance(message, Hello):
+            if process.rank in self.hosts and not self.brain.expects(*key):
+                self.down[key].send(StartOver("it was given up before it spoke"))
             self.feed(ev.RankConnected(message))
         else:
             self.feed(ev.RankSaid(*key, message))
 
     def seen(self, process: Process, cause: ev.FailureCause) -> None:
-        """The controller's host tells how a process fares, some moments after it happened."""
-        if self.schedule.is_local:
+        """The controller's host, or its agent, tells how a process fares, some moments after it happened."""
+        host = self.hosts.get(process.rank)
+        if host is not None:
+            host.report((process.rank, process.incarnation), cause)
+        elif self.schedule.is_local:
             self.timeline.after(0.003 * self.rng.random(), self.feed, ev.RankFailed(process.rank, process.incarnation, cause))
+
+    def ended(self, process: Process) -> None:
+        """A process has just ended, one way or another."""
+        if process.rank in self.hosts or (process.rank, process.incarnation) in self.harmed:
+            self.seen(process, ev.FailureCause.EXITED)
+
+    def end(self, process: Process, silently: bool = False) -> None:
+        """What befalls a process with its host."""
+        if process.is_alive:
+            faults.harm(self, process, "its host" if silently else "its agent")
+            process.die(silently)
 
     def probe(self, rank: int, incarnation: int) -> None:
         process = self.processes.get((rank, incarnation))
-        if process is None or not self.schedule.is_local or self.net.wire(CONTROLLER, rank).is_cut:
+        if rank in self.hosts:
+            letter = self.hosts[rank].state_of((rank, incarnation))
+            cause = {"": ev.FailureCause.HEARTBEAT, "X": ev.FailureCause.EXITED, "T": ev.FailureCause.STOPPED}.get(letter)
+            self.feed(ev.RankRuns(rank, incarnation) if cause is None else ev.RankFailed(rank, incarnation, cause))
+        elif process is None or not self.schedule.is_local or self.net.wire(CONTROLLER, rank).is_cut:
             self.feed(ev.RankFailed(rank, incarnation, ev.FailureCause.HEARTBEAT))
         elif not process.is_alive:
             self.feed(ev.RankFailed(rank, incarnation, ev.FailureCause.EXITED))
@@ -353,6 +425,15 @@ class World:
         """Kill it, or where it can't be reached close its channel: it ends itself once it sees that, if it ever does."""
         channel = self.down.get((rank, incarnation))
         process = self.processes.get((rank, incarnation))
+        if rank in self.hosts:
+            if channel is not None:
+                channel.send(EOF)
+                channel.is_closed = True
+            if rank not in self.unkillable:
+                self.hosts[rank].kill(rank, incarnation)
+            self.unkillable.discard(rank)
+            self.feed(ev.RankFenced(rank, incarnation))
+            return
         reachable = self.schedule.is_local or not self.net.wire(CONTROLLER, rank).is_cut
         if process is not None and (rank in self.unkillable or not reachable):
             self.unkillable.discard(rank)
@@ -393,9 +474,24 @@ class World:
     def routing_of(self, order: Install) -> Routing:
         return planning.routing_of(order)
 
-    def takes_flip(self, process: Process, load: LoadOrder) -> bool:
+    def machine_of(self, rank: int) -> Machine:
+        """The host under a rank."""
+        host = self.hosts.get(rank)
+        return self.machines[HERE] if host is None else host.machine
+
+    def backups(self) -> planning.Backups:
+        """What is in the memory of hosts that can be reached, under the label of each of their nodes."""
+        if not self.schedule.has_backup:
+            return {}
+        topology, shape = self.brain.state.topology, (self.settings.num_layers, self.settings.plan.num_experts)
+        labels = topology.labels("node" if "node" in topology.domains else "rank")
+        here = [rank for rank in range(len(labels)) if rank not in self.hosts or self.hosts[rank].holder]
+        has = {machine: machine.experts(shape) for machine in {self.machine_of(rank).name: self.machine_of(rank) for rank in here}.values()}
+        return {labels[rank]: has[self.machine_of(rank)] for rank in here}
+
+    def takes_flip(self, process: Process, layer: int, expert: int) -> bool:
         """Whether this read has a bit wrong. Not the first read of an expert, which sets its digest: that is outside the promises."""
-        if not self.flips.get(process.rank) or (load.layer, load.expert) not in self.brain.state.digests:
+        if not self.flips.get(process.rank) or (layer, expert) not in self.brain.state.digests:
             return False
         self.flips[process.rank] -= 1
         return True
@@ -413,8 +509,9 @@ class World:
     def dense_load_s(self) -> float:
         return 0.02 + 0.1 * self.rng.random()
 
-    def read_s(self) -> float:
-        return self.schedule.read_s * (0.5 + self.rng.random())
+    def read_s(self, process: Process, load: LoadOrder) -> float:
+        factor = self.machine_of(process.rank).disk_factor if load.source == "checkpoint" else 1.0
+        return self.schedule.read_s * (0.5 + self.rng.random()) * factor
 
     def compute_s(self) -> float:
         return 0.002 * (0.5 + self.rng.random())
