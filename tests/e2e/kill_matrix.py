@@ -12,19 +12,21 @@ import json
 import os
 import queue
 import random
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from elastic_ep.core.errors import ElasticEPError
 from elastic_ep.runtime.faults import AGENT_POINTS, SHELL_POINTS, FaultFile
 from elastic_ep.testing.client import Recorder, stream_completion
 from elastic_ep.testing.history import Event, History, judge
@@ -99,8 +101,8 @@ class Matrix:
         history = History()
         try:
             await asyncio.wait_for(self._run(cell, history, problems), CELL_TIMEOUT_S)
-        except TimeoutError as error:
-            problems.append(f"not over in time: {error or CELL_TIMEOUT_S}")
+        except (TimeoutError, ElasticEPError, httpx.HTTPError) as error:
+            problems.append(f"not over in time: {type(error).__name__}: {error or CELL_TIMEOUT_S}")
         verdict = judge([*self.reference, *history.events])
         problems += [str(violation) for violation in verdict.violations]
         return Outcome(cell, time.monotonic() - started, problems, verdict.longest_gap_s)
@@ -115,51 +117,53 @@ class Matrix:
         if self.hosts is not None:
             self.hosts.begin()
         self._arm(str(self.cells_run), faults)
-        helper = asyncio.create_task(self._help(cell))
-        try:
-            after = await self._until_over(cell, wave, history, before, faults, problems)
-        finally:
-            helper.cancel()
-            with suppress(asyncio.CancelledError):
-                await helper
+        has_happened = asyncio.Event()
+        helper = asyncio.create_task(self._help(cell, has_happened))
+        wave = await self._until_happened(wave, history, faults, problems)
+        has_happened.set()
+        await helper
+        after = await self._until_over(cell, wave, history, before, faults)
         await self._tidy(cell, faults)
         self._arm("none", [])
         problems += check_status(before, after, faults)
 
-    async def _help(self, cell: Cell) -> None:
-        """What makes the cell's point come by, over and over."""
+    async def _help(self, cell: Cell, has_happened: asyncio.Event) -> None:
+        """What makes the cell's point come by, over and over. An operation that was begun is waited for."""
         if cell.setting is Setting.BACKUP:
             assert self.backup is not None
-            while True:
+            while not has_happened.is_set():
                 self.backup.empty()
                 await asyncio.sleep(0.05)
         if cell.point in SHELL_OPERATION:
             async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=CELL_TIMEOUT_S) as client:
-                while True:
+                while not has_happened.is_set():  # what is refused, while a recovery runs or because it is so already, is asked for again
                     await client.post("/scale_elastic_ep", json={"new_ep_size": EP_SIZE + 1})
                     await client.post(f"/elastic/ranks/{JOINER}/drain", json={})
                     await asyncio.sleep(0.01)
 
-    async def _until_over(
-        self, cell: Cell, wave: asyncio.Task[None], history: History, before: dict[str, Any], faults: list[Fault], problems: list[str]
-    ) -> dict[str, Any]:
-        """Send requests until all faults have happened and each process that was to die has been replaced."""
+    async def _until_happened(
+        self, wave: asyncio.Task[None], history: History, faults: list[Fault], problems: list[str]
+    ) -> asyncio.Task[None]:
+        """Send requests until all faults have. Returns the last wave of requests, which may still run."""
         deadline = time.monotonic() + CELL_TIMEOUT_S / 2
-        while missing := [f for i, f in enumerate(faults) if not os.path.exists(self._fault_file().marker(i))]:
+        while missing := [f for i, f in enumerate(faults) if not self._fault_file().has_happened(i)]:
             if time.monotonic() > deadline:
                 break
             if wave.done():
                 wave = asyncio.create_task(self.streams(history))
             await asyncio.sleep(0.005)
         problems += [f"never happened: {fault}" for fault in missing]
+        return wave
+
+    async def _until_over(
+        self, cell: Cell, wave: asyncio.Task[None], history: History, before: dict[str, Any], faults: list[Fault]
+    ) -> dict[str, Any]:
+        """Send requests until each process that was to die has been replaced."""
         if self.hosts is not None:
-            self.hosts.mend(cell, self._victims(faults, AGENT_POINTS))
+            self.hosts.mend(cell, self._victims(faults, AGENT_POINTS.keys() & {cell.point}))
         if cell.point in SHELL_OPERATION:
-            await wave
-            return await self._undo_operations()
+            await self._undo_operations()
         while not (await self._is_over(before, faults)):
-            if time.monotonic() > deadline + CELL_TIMEOUT_S / 4:
-                raise TimeoutError(f"the status is {await self.status()}")
             if wave.done() and cell.action == "wedge":  # found only while there is something to do
                 wave = asyncio.create_task(self.streams(history))
             await asyncio.sleep(0.01)
@@ -170,7 +174,7 @@ class Matrix:
         status = await self.status()
         return is_whole(status) and has_replaced(before, status, faults) and (self.hosts is None or self.hosts.is_over())
 
-    async def _undo_operations(self) -> dict[str, Any]:
+    async def _undo_operations(self) -> None:
         """Back to the seats that there were: an operation may have given up another one than it was to."""
         async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=CELL_TIMEOUT_S) as client:
             while not is_whole(status := await self.status()):
@@ -180,7 +184,6 @@ class Matrix:
                 elif len(status["ranks"]) > JOINER and JOINER not in retired:
                     await client.post(f"/elastic/ranks/{JOINER}/drain", json={})
                 await asyncio.sleep(0.01)
-        return status
 
     async def _tidy(self, cell: Cell, faults: list[Fault]) -> None:
         """Processes with a thread that hangs, which nobody has to notice, must not meet the next cell."""
@@ -266,7 +269,15 @@ def start(checkpoint: Path, timeouts_s: Sequence[int], fault_file: Path, more: S
     raise AssertionError("no timeout was given")
 
 
-def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) -> Iterator[Outcome]:
+def last_words(server: ServerProcess) -> str:
+    """What the controller has said, and where its threads are; it ends."""
+    with suppress(ProcessLookupError):
+        server.process.send_signal(signal.SIGABRT)
+    server.stop()
+    return "the controller's last words:\n" + "\n".join(server.stderr.splitlines()[-60:])
+
+
+def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) -> Generator[Outcome, None, None]:
     """Run cells of one setting on a server; a cell that fails costs the server its life, so that the next begins on a sound one."""
     left = list(cells)
     setting = left[0].setting
@@ -282,6 +293,8 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
             asyncio.run(matrix.prepare())
             while left:
                 outcome = asyncio.run(matrix.run(left.pop(0)))
+                if outcome.problems:
+                    outcome.problems.append(last_words(server))
                 yield outcome
                 if outcome.problems:
                     break
@@ -289,12 +302,14 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
 
 def run_all(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int, jobs: int) -> Iterator[Outcome]:
     """Run cells of any settings, on `jobs` servers at once, the settings that take longest first."""
+    os.environ["PYTHONFAULTHANDLER"] = "1"  # for `last_words`
     shares: queue.Queue[list[Cell]] = queue.Queue()
     for setting in (Setting.AGENTS, Setting.BACKUP, Setting.PLAIN):
         of_setting = [cell for cell in cells if cell.setting is setting]
         for start in range(0, len(of_setting), CELLS_PER_SERVER):
             shares.put(of_setting[start : start + CELLS_PER_SERVER])
     outcomes: queue.Queue[Outcome | BaseException | None] = queue.Queue()
+    is_over = threading.Event()
 
     def work(job: int) -> None:
         try:
@@ -302,24 +317,33 @@ def run_all(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int, jo
                 share = shares.get_nowait()
                 mine = folder / f"job-{job}-{shares.qsize()}"
                 mine.mkdir()
-                for outcome in run_cells(checkpoint, mine, share, seed):
-                    outcomes.put(outcome)
+                with closing(run_cells(checkpoint, mine, share, seed)) as done:
+                    for outcome in done:
+                        outcomes.put(outcome)
+                        if is_over.is_set():
+                            return
         except queue.Empty:
             outcomes.put(None)
         except BaseException as error:
             outcomes.put(error)
 
-    for job in range(jobs):
-        threading.Thread(target=work, args=(job,), daemon=True).start()
+    workers = [threading.Thread(target=work, args=(job,)) for job in range(jobs)]
+    for worker in workers:
+        worker.start()
     running = jobs
-    while running:
-        outcome = outcomes.get()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if outcome is None:
-            running -= 1
-        else:
-            yield outcome
+    try:
+        while running:
+            outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if outcome is None:
+                running -= 1
+            else:
+                yield outcome
+    finally:  # their servers must end
+        is_over.set()
+        for worker in workers:
+            worker.join()
 
 
 def main() -> int:
@@ -341,8 +365,8 @@ def main() -> int:
             failed += bool(outcome.problems)
             word = "FAILED" if outcome.problems else "ok"
             print(f"{i}/{len(cells)} {word} {outcome.seconds:.1f} s, gap {outcome.longest_gap_s * 1e3:.0f} ms: {outcome.cell}", flush=True)
-            for problem in outcome.problems[:5]:
-                print(f"    {problem}"[:600], flush=True)
+            for problem in outcome.problems[:5] + outcome.problems[5:][-1:]:
+                print(f"    {problem}"[:6000], flush=True)
     seconds = time.monotonic() - started
     print(f"{len(cells)} cells, {failed} failed, {seconds:.0f} s, seed {args.seed}; seconds by setting: {dict(times)}")
     return 1 if failed else 0
