@@ -203,7 +203,7 @@ class KernelMaskedDispatcher(abc.ABC):
         return PeerFailed(dict.fromkeys(sorted(missing), FailureKind.DEADLINE)) if missing else None
 
     def cut(self, rank: int) -> None:
-        """A rank is known to be dead: no call of this epoch waits for it any more. Safe from any thread."""
+        """A rank is known to be dead: no call of this epoch waits for it any more, and the next to end names it. Safe from any thread."""
         self._cut.add(rank)
         self._release([rank])
 
@@ -226,8 +226,6 @@ class KernelMaskedDispatcher(abc.ABC):
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint
     ) -> DispatchHandle | PeerFailed | Interrupted:
         """See `Dispatcher.dispatch`. Raises InvalidInputError for input that cannot be served; `at` must grow from call to call."""
-        if self._void is None and (dead := sorted(r for r in self._cut if self._mask[r])):
-            self._void = PeerFailed(dict.fromkeys(dead, FailureKind.CLOSED))
         if isinstance(self._void, PeerFailed):
             return self._void
         self._check(x, topk_ids, topk_weights, routing, at)

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from types import SimpleNamespace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,22 +53,26 @@ def parse_ib_devices(text: str, gpu: int = 0) -> tuple[str, ...]:
     return names
 
 
-def load_mooncake() -> Any:
-    """`pg` (the process group's functions), `Buffer`, and torch's `init_process_group`, `destroy_process_group`, `world`."""
+class Mooncake:
+    """The library: `Buffer`, `pg` (its process group, which some versions compile when it is first imported), and torch's groups."""
+
+    def __init__(self) -> None:
+        _import("mooncake.ep")  # comes before pg
+        self.Buffer = _import("mooncake.mooncake_ep_buffer").Buffer
+        dist = importlib.import_module("torch.distributed")
+        self.init_process_group, self.destroy_process_group = dist.init_process_group, dist.destroy_process_group
+        self.world = lambda: dist.group.WORLD
+
+    @cached_property
+    def pg(self) -> Any:
+        return _import("mooncake.pg")
+
+
+def _import(name: str) -> Any:
     try:
-        importlib.import_module("mooncake.ep")  # before pg
-        pg = importlib.import_module("mooncake.pg")
-        buffer = importlib.import_module("mooncake.mooncake_ep_buffer").Buffer
+        return importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise InvalidInputError(f"the mooncake backend cannot load Mooncake EP: {error}; pip install 'elastic-ep[mooncake]'") from error
-    dist = importlib.import_module("torch.distributed")
-    return SimpleNamespace(
-        pg=pg,
-        Buffer=buffer,
-        init_process_group=dist.init_process_group,
-        destroy_process_group=dist.destroy_process_group,
-        world=lambda: dist.group.WORLD,
-    )
 
 
 class MooncakeDispatcher(KernelMaskedDispatcher):
@@ -76,7 +80,7 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
 
     Args:
         ib_devices: RDMA devices to use (`parse_ib_devices`); all if empty.
-        library: for tests: what `load_mooncake` gives.
+        library: for tests: a `Mooncake`.
 
     Attributes:
         active_ranks: int32 [ep_size] on the device, 1 = alive: the mask that kernels read, and clear at a timeout. Always the same memory.
@@ -102,7 +106,7 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
         self._side: Any = None
 
     def _load(self) -> None:
-        self._library = self._library or load_mooncake()
+        self._library = self._library or Mooncake()
 
     def connect(self, peers: Mapping[int, str], deadline_s: float) -> Any:
         """See `KernelMaskedDispatcher.connect`. The founding epoch names all ranks."""
@@ -113,12 +117,16 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
         return super().connect(peers, deadline_s)
 
     def _enrol(self, others: Mapping[int, str], deadline: float) -> dict[int, FailureKind]:
-        pg, group = self._library.pg, self._library.world
         if self._buffer is None:
             self._found(others)
             if not self._joins:
                 self._members = dict(others)
                 return {}
+        if self.capacity.ep_size == 1:
+            return {}
+        pg, group = self._library.pg, self._library.world
+        if self._joins:
+            self._joins = False
             pg.join_group(group())
         else:
             gone = sorted(r for r, address in self._members.items() if others.get(r) != address)
@@ -147,14 +155,19 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
         size = self.capacity.ep_size
         if not self._joins and len(others) + 1 < size:
             raise InvalidInputError(f"mooncake is founded with all {size} ranks, got {sorted([self.rank, *others])}; wait for the others")
-        pg, limit = self._library.pg, self.capacity
+        library, limit = self._library, self.capacity
         if self.ib_devices:
-            pg.set_device_filter(list(self.ib_devices))
             os.environ[_EP_DEVICES] = ",".join(self.ib_devices)
-        options = pg.MooncakeBackendOptions(size, self._joins)
-        self._library.init_process_group(backend="mooncake", store=self.store, rank=self.rank, world_size=size, pg_options=options)
-        num_bytes = self._library.Buffer.get_ep_buffer_size_hint(limit.messages, limit.hidden, size, limit.num_experts)
-        self._buffer = self._library.Buffer(self._library.world(), num_bytes)
+        if size == 1:
+            # nobody to meet: any group does
+            library.init_process_group(backend="gloo", store=self.store, rank=0, world_size=1)
+        else:
+            if self.ib_devices:
+                library.pg.set_device_filter(list(self.ib_devices))
+            options = library.pg.MooncakeBackendOptions(size, self._joins)
+            library.init_process_group(backend="mooncake", store=self.store, rank=self.rank, world_size=size, pg_options=options)
+        num_bytes = library.Buffer.get_ep_buffer_size_hint(limit.messages, limit.hidden, size, limit.num_experts)
+        self._buffer = library.Buffer(library.world(), num_bytes)
         self._refuse_fallback()
         self.active_ranks = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._zero = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")

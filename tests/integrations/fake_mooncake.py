@@ -1,4 +1,4 @@
-"""Mooncake as `load_mooncake` gives it: its process group with fixed seats and a coordinator, and EP's `Buffer` (0.3.14), for threads."""
+"""Mooncake as the adapter loads it: its process group with fixed seats and a coordinator, and EP's `Buffer` (0.3.14), for threads."""
 
 from __future__ import annotations
 
@@ -124,8 +124,10 @@ class FakeMooncake:
     def world(self) -> Group | None:
         return self.group
 
-    def init_process_group(self, *, backend: str, store: Any, rank: int, world_size: int, pg_options: Options) -> None:
-        require(backend == "mooncake" and self.group is None, "one process group per process")
+    def init_process_group(self, *, backend: str, store: Any, rank: int, world_size: int, pg_options: Options | None = None) -> None:
+        require(self.group is None, "one process group per process")
+        require(backend == "mooncake" or world_size == 1, f"{backend} is no group for several ranks")
+        pg_options = pg_options or Options(1)
         require(world_size == self.cluster.num_ranks <= pg_options.max_group_size, f"{world_size} of {pg_options.max_group_size} seats")
         if not pg_options.is_extension:
             with self.cluster.changed:

@@ -87,23 +87,23 @@ def test_device_names() -> None:
             parse_ib_devices(text, gpu=3)
 
 
-def lone_mooncake(request: pytest.FixtureRequest, fallback: bool = False, **options: Any) -> tuple[MooncakeDispatcher, FakeMooncake]:
+def lone_mooncake(request: pytest.FixtureRequest, fallback: bool = False) -> tuple[MooncakeDispatcher, FakeMooncake]:
     stream = Stream()
     request.addfinalizer(stream.close)
     library = FakeMooncake(Cluster(1), stream, fallback)
     capacity = PackedCapacity(1, 4, 8, 4, 2048)
-    return MooncakeDispatcher(0, capacity, HashStore(), library=library, device="cpu", stream=lambda: stream, **options), library
+    return MooncakeDispatcher(0, capacity, HashStore(), library=library, device="cpu", stream=lambda: stream), library
 
 
-def test_device_names_reach_both_halves_of_mooncake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_names_reach_both_halves_of_mooncake(make_kernel_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOONCAKE_EP_DEVICE_FILTER", "")
-    dispatcher, library = lone_mooncake(request, ib_devices=("mlx5_1", "mlx5_2"))
-    dispatcher.listen()
-    assert dispatcher.connect({0: dispatcher.address}, 1.0) is None
-    assert library.pg.device_filter == ["mlx5_1", "mlx5_2"]
+    world = make_kernel_world("mooncake", 2)
+    for rank in range(2):
+        world.start(rank, ib_devices=("mlx5_1", "mlx5_2"))
+    assert connect(world, 0, 1) == {0: None, 1: None}
+    assert [world.libraries[r].pg.device_filter for r in range(2)] == [["mlx5_1", "mlx5_2"]] * 2
     assert os.environ["MOONCAKE_EP_DEVICE_FILTER"] == "mlx5_1,mlx5_2"
-    assert dispatcher.active_ranks.tolist() == [1]
-    dispatcher.close()
+    assert world.ranks[0].active_ranks.tolist() == [1, 1]
 
 
 def test_mooncakes_collective_fallback_is_refused(request: pytest.FixtureRequest) -> None:

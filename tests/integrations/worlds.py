@@ -38,14 +38,14 @@ class KernelWorld:
         self._streams: list[Stream] = []
         self._sockets: list[socket.socket] = []
 
-    def start(self, rank: int) -> KernelMaskedDispatcher:
+    def start(self, rank: int, **more: Any) -> KernelMaskedDispatcher:
         """A new process takes the seat. Whatever was there is forgotten, not stopped."""
         stream = Stream()
         ours, theirs = socket.socketpair()
         self._streams.append(stream)
         self._sockets += [ours, theirs]
         self.interrupts[rank] = theirs
-        options = {"device": "cpu", "timeout_us": self.timeout_us, "interrupt": ours, "stream": lambda: stream}
+        options = {"device": "cpu", "timeout_us": self.timeout_us, "interrupt": ours, "stream": lambda: stream, **more}
         if self.backend.startswith("mooncake"):
             library: Any = FakeMooncake(self.cluster, stream)
             made: KernelMaskedDispatcher = MooncakeDispatcher(rank, self.capacity, self.store, library=library, **options)
