@@ -160,12 +160,12 @@ def main() -> int:
     mutants = [mutant for module in modules for mutant in mutants_of(module, path_of(module))]
     random.Random(args.seed).shuffle(mutants)
     mutants = mutants[: args.count]
-    checks = [make(module, path_of(module)) for module in modules for make in (unchanged, ruined)]
+    checks = [ruined(module, path_of(module)) for module in modules]
     survivors, killers = [], Counter[str]()
     for outcome in run_all([*checks, *mutants], seconds, args.jobs):
         if outcome.mutant in checks:
-            if (outcome.mutant.what == "unchanged") is not (outcome.killer == ""):
-                print(f"{outcome.mutant}: {outcome.killer or 'no test'} noticed it; mutants cannot be judged like this")
+            if not outcome.killer:
+                print(f"{outcome.mutant}, and no test notices: mutants are not what is tested")
                 return 2
             continue
         killers[outcome.killer] += 1

@@ -213,7 +213,7 @@ class _Layer:
         """The slot of ``rank`` that ``expert`` may take: the one it is meant for if that can be given up, else any that can; -1: none.
 
         A slot can be given up if it is empty, holds what its rank is not to keep or has twice, and, with ``free_only``, if its expert is
-        not to be kept anywhere or has another replica (``lent`` counts those that this round overwrites already).
+        not to be kept anywhere or has another replica (``lent``: what this round overwrites already, less what it brings).
         """
         best: tuple[bool, bool, int] | None = None
         for slot in self.slots[rank]:
@@ -339,6 +339,7 @@ class _Planner:
         layer = self.layers[index]
         if layer.held[slot] != EMPTY:
             draft.lent[index][layer.held[slot]] += 1
+        draft.lent[index][expert] -= 1
         draft.writes[index, slot] = (expert, rank)
         draft.incoming[rank] += 1
         used.add(slot)

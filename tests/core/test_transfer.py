@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from elastic_ep.core.eplb.resilient import solve_placement
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.core.links import LinkSpeeds, SourceKind
+from elastic_ep.core.links import LinkLoads, LinkSpeeds, Source, SourceKind
 from elastic_ep.core.placement import ExpertPlacement
 from elastic_ep.core.topology import Topology
-from elastic_ep.core.transfer import plan_transfer
+from elastic_ep.core.transfer import pick_sources, plan_transfer
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -78,13 +78,43 @@ def journeys(draw):
     return contents, solve_placement(load, topology, active, previous).placement, topology, active
 
 
+def lacking(contents, target, topology, active):
+    """(layer, expert, rank) for each rank that is to have an expert and does not: what has to be brought, and no more."""
+    held, wanted, live = contents.tolist(), target.physical_to_logical_map.tolist(), topology.live_slot_mask(active)
+    rank_of = topology.rank_of_slot.tolist()
+    have = {(layer, e, rank_of[s]) for layer, row in enumerate(held) for s, e in enumerate(row) if live[s]}
+    need = {(layer, e, rank_of[s]) for layer, row in enumerate(wanted) for s, e in enumerate(row) if e >= 0}
+    return sorted(need - have)
+
+
+def check_times(plan, node, speeds, expert_bytes):
+    """Bytes and seconds are those of the copies, link by link."""
+    total = LinkLoads(speeds, node)
+    for step in plan.rounds:
+        links = LinkLoads(speeds, node)
+        for copy in step.copies:
+            for link, _ in links.links_of(copy.source, copy.rank):
+                links.num_bytes[link] += expert_bytes
+                total.num_bytes[link] += expert_bytes
+        assert step.seconds == max(links.seconds().values(), default=0.0)
+    assert plan.link_bytes == total.num_bytes
+    assert plan.link_seconds == total.seconds()
+    assert plan.seconds == sum(step.seconds for step in plan.rounds)
+    assert plan.coverage_seconds == sum(step.seconds for step in plan.rounds[: plan.num_coverage_rounds])
+
+
 @FEW
-@given(journeys(), st.integers(1, 3))
-def test_plans_can_be_executed(journey, staging_slots):
+@given(journeys(), st.integers(1, 3), st.booleans())
+def test_plans_can_be_executed(journey, staging_slots, in_place):
     contents, target, topology, active = journey
-    plan = plan_transfer(contents, target, topology, active, staging_slots=staging_slots, expert_bytes=10)
+    speeds = LinkSpeeds(same_node=8.0, other_node=4.0, host=2.0, checkpoint=1.0)
+    plan = plan_transfer(contents, target, topology, active, staging_slots=staging_slots, expert_bytes=10, in_place=in_place, speeds=speeds)
     execute(plan, contents, target, topology, active, topology.labels("node"), staging_slots)
     assert sum(plan.bytes_by_kind.values()) == 10 * plan.num_copies
+    copies = sorted((c.layer, c.expert, c.rank) for step in plan.rounds for c in step.copies)
+    assert copies == lacking(contents, target, topology, active)
+    assert any(step.in_place for step in plan.rounds) <= in_place
+    check_times(plan, topology.labels("node"), speeds, 10)
 
 
 @FEW
@@ -176,3 +206,81 @@ def test_bad_arguments(change, message):
     arguments = {"contents": [[0, 1]], "target": placement([[0, 1]], 2), "topology": Topology((1, 1)), "active_ranks": [1, 1], **change}
     with pytest.raises(InvalidInputError, match=message):
         plan_transfer(**arguments)
+
+
+def test_buffers_are_filled_in_every_round():
+    # Rank 1 is empty and takes five experts, two at a time; rank 2 takes one, beside the first two.
+    topology = Topology((5, 5, 1))
+    contents = np.array([[0, 1, 2, 3, 4] + [-1] * 6])
+    plan = plan_transfer(contents, placement([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]], 5), topology, [1, 1, 1], staging_slots=2)
+    assert [[c.rank for c in step.copies] for step in plan.rounds] == [[1, 1, 2], [1, 1], [1]]
+    assert plan.num_kept == 5
+    assert plan.num_coverage_rounds == 0
+
+
+def test_an_expert_goes_where_it_is_meant_to_be():
+    # Both slots of rank 1 can be given up, the lower one too; the copy takes the one that the target names: nothing is to be permuted.
+    plan = plan_transfer(np.array([[0, 1, -1, -1]]), placement([[0, 1, -1, 0]], 2), Topology((2, 2)), [1, 1])
+    assert [(c.slot, c.expert) for step in plan.rounds for c in step.copies] == [(3, 0)]
+    assert not any(step.local_moves for step in plan.rounds)
+
+
+def test_a_doubled_expert_gives_up_one_slot_only():
+    # Rank 0 holds expert 0 twice and is to hold 0 and 1: one of the two goes, and the rank has expert 0 all the time.
+    contents = np.array([[0, 0, 1, 1]])
+    target = placement([[1, 0, 1, 0]], 2)
+    plan = plan_transfer(contents, target, Topology((2, 2)), [1, 1])
+    execute(plan, contents, target, Topology((2, 2)), [1, 1], ("0", "1"), 1)
+    assert [len(step.copies) for step in plan.rounds] == [2]
+    assert [(c.slot, c.expert) for c in plan.rounds[0].copies] == [(0, 1), (3, 0)]
+
+
+def test_a_ring_of_single_replicas_turns_in_one_round():
+    # Three ranks hold one expert each and pass it on: nobody can begin alone, all can together.
+    topology = Topology((1, 1, 1))
+    contents, target = np.array([[0, 1, 2]]), placement([[2, 0, 1]], 3)
+    plan = plan_transfer(contents, target, topology, [1, 1, 1])
+    assert [len(step.copies) for step in plan.rounds] == [3]
+    execute(plan, contents, target, topology, [1, 1, 1], ("0", "1", "2"), 1)
+
+
+def test_loads_of_a_recovery_share_out_the_links():
+    # Ranks 2 and 3 read one expert each; ranks 0 and 1 hold both, and each sends one. What a load overwrites is no source.
+    topology = Topology((2, 2, 1, 1), {"node": ("a", "a", "a", "a")})
+    held = np.array([[0, 1, 0, 1, -1, -1]])
+    assert pick_sources([(0, 4, 0), (0, 5, 1)], held, topology, expert_bytes=10) == [
+        Source(SourceKind.SAME_NODE, 0, 0),
+        Source(SourceKind.SAME_NODE, 1, 3),
+    ]
+    assert pick_sources([(0, 4, 0), (0, 0, 2)], held, topology) == [Source(SourceKind.SAME_NODE, 1, 2), Source(SourceKind.CHECKPOINT)]
+
+
+def test_loads_of_a_recovery_come_from_the_nearest():
+    topology = Topology((2, 2, 2), {"node": ("a", "b", "b"), "rack": ("x", "x", "y")})
+    held = np.array([[0, 1, -1, -1, 0, -1], [-1, -1, 3, -1, -1, -1]])
+    backups = {"b": np.array([[False] * 4, [False, True, False, False]])}
+    loads = [(0, 3, 0), (0, 2, 1), (1, 3, 3), (1, 4, 1), (1, 5, 2)]
+    assert pick_sources(loads, held, topology, backups=backups) == [
+        Source(SourceKind.SAME_NODE, 2, 4),
+        Source(SourceKind.OTHER_NODE, 0, 1),
+        Source(SourceKind.LOCAL, 1, 2),
+        Source(SourceKind.HOST),
+        Source(SourceKind.CHECKPOINT),
+    ]
+    assert pick_sources([(0, 3, 0)], held, topology, node_level="rack") == [Source(SourceKind.SAME_NODE, 0, 0)]
+    assert pick_sources([(0, 3, 0)], held, Topology((2, 2, 2))) == [Source(SourceKind.OTHER_NODE, 0, 0)], "ranks are nodes of their own"
+
+
+def test_speeds_decide_among_sources():
+    topology = Topology((1, 1), {"node": ("a", "b")})
+    held, slow_network = np.array([[0, -1]]), LinkSpeeds(other_node=1.0, checkpoint=10.0)
+    assert pick_sources([(0, 1, 0)], held, topology, speeds=slow_network) == [Source(SourceKind.CHECKPOINT)]
+
+
+def test_an_expert_that_is_on_its_way_already_is_not_brought_twice():
+    """Rank 0 gives its only replica of expert 1 up for expert 0, in the round that brings expert 1 to rank 1: that is one copy of each."""
+    topology = Topology((1, 4))
+    contents, target = np.array([[1, 0, 2, 0, 0]]), placement([[0, 0, 1, 2, -1]], 3)
+    plan = plan_transfer(contents, target, topology, [1, 1], staging_slots=2)
+    execute(plan, contents, target, topology, [1, 1], ("0", "1"), 2)
+    assert [sorted((c.expert, c.rank) for c in step.copies) for step in plan.rounds if step.copies] == [[(0, 0), (1, 1)]]
