@@ -191,7 +191,7 @@ class KernelMaskedDispatcher(abc.ABC):
         self._mask[[self.rank, *others]] = 1
         self._cut.clear()
         self._install(self._mask)
-        self._wait()
+        self._finish()
         self._void = None
         return None
 
@@ -264,8 +264,7 @@ class KernelMaskedDispatcher(abc.ABC):
         else:
             brought = self._run_combine(outputs, state.physical, weights, state.packed)
         if (outcome := self._settle()) is not None:
-            self._void = outcome
-            return outcome
+            return self._give_up(outcome)
         return _sum_in_order(brought, weights) if self.capacity.sums is Sums.OWN else brought
 
     def _check(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint) -> None:
@@ -350,6 +349,12 @@ class KernelMaskedDispatcher(abc.ABC):
                 self._release(r for r in range(self.capacity.ep_size) if r != self.rank)
         return interrupted
 
+    def _finish(self) -> None:
+        """Wait for what needs nobody else."""
+        stream = self._stream()
+        while not stream.query():
+            time.sleep(1e-4)
+
     def _is_interrupted(self) -> bool:
         return bool(self._interrupt.poll(0))
 
@@ -359,6 +364,11 @@ class KernelMaskedDispatcher(abc.ABC):
     def _give_up(self, outcome: PeerFailed | Interrupted) -> PeerFailed | Interrupted:
         self._void = outcome
         self._end_pair()
+        left = self._mask.copy()
+        if isinstance(outcome, PeerFailed):
+            left[list(outcome.peers)] = 0
+        self._install(left)
+        self._finish()
         return outcome
 
     def _end_pair(self) -> None:
@@ -368,7 +378,7 @@ class KernelMaskedDispatcher(abc.ABC):
             self._mask_others()
             weights = torch.zeros(state.physical.shape, dtype=torch.float32, device=self.device)
             self._run_combine(self._output_buffer(), state.physical, weights, state.packed)
-            self._wait()
+            self._finish()
 
     def _clear_buffers(self) -> None:
         """Rule 3: a pair with nobody else."""
@@ -377,7 +387,7 @@ class KernelMaskedDispatcher(abc.ABC):
         ids = torch.empty((0, 1), dtype=torch.int64, device=self.device)
         packed = self._run_dispatch(none, ids)
         self._run_combine(self._output_buffer(), ids, torch.empty((0, 1), dtype=torch.float32, device=self.device), packed)
-        self._wait()
+        self._finish()
 
     def _mask_others(self) -> None:
         alone = np.zeros_like(self._mask)

@@ -83,7 +83,8 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
         library: for tests: a `Mooncake`.
 
     Attributes:
-        active_ranks: int32 [ep_size] on the device, 1 = alive: the mask that kernels read, and clear at a timeout. Always the same memory.
+        active_ranks: int32 [ep_size] on the device, 1 = alive: the mask that kernels read, and clear at a timeout. Always the same memory
+            once connected; after a failed step, the epoch's mask without those who failed.
     """
 
     kind = "mooncake"

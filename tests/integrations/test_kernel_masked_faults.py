@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from elastic_ep.core.elastic_state import ElasticEPState
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interrupted, PeerFailed, StepPoint
@@ -250,3 +251,46 @@ def test_rows_that_no_batch_has_are_a_broken_peer(make_kernel_world: Any, backen
     assert outcomes[0] == PeerFailed({1: FailureKind.PROTOCOL})
     assert isinstance(outcomes[1], DispatchHandle)
     assert run_experts(outcomes[1]).shape == outcomes[1].rows.shape
+
+
+def test_the_seeds_state_takes_the_kernels_mask(make_kernel_world: Any) -> None:
+    world = make_kernel_world("mooncake", 4, timeout_us=int(TIMEOUT_S * 1e6))
+    start(world, 0, 1, 2, 3)
+    state = ElasticEPState.healthy(4)
+    mask = world.ranks[0].active_ranks
+    state.observe(mask)
+    assert state.is_active_equal_last()
+    fail_step(world, [0, 1, 2, 3], 1, {2: "combine"})
+    state.observe(mask)
+    assert not state.is_active_equal_last()
+    assert mask is world.ranks[0].active_ranks
+    assert mask.tolist() == [1, 1, 0, 1]
+    assert world.ranks[0].timeout_us == int(TIMEOUT_S * 1e6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_failures_change_no_sum(make_kernel_world: Any, backend: str) -> None:
+    """Epoch after epoch: some ranks stop at a random phase, the seats are taken again, or the rank was only late and goes on."""
+    seed = 40 + BACKENDS.index(backend)
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    world = make_kernel_world(backend, 4, seed, timeout_us=int(TIMEOUT_S * 1e6))
+    start(world, 0, 1, 2, 3)
+    ranks = [0, 1, 2, 3]
+    for epoch in range(1, 8, 2):
+        run_steps(world, ranks, epoch, count=1)
+        # Mooncake's coordinator lives on rank 0, and needs it
+        victims = {int(r): str(rng.choice(["dispatch", "combine"])) for r in rng.permutation(ranks[1:])[: int(rng.integers(1, 3))]}
+        outcomes = fail_step(world, ranks, epoch, victims)
+        for rank, outcome in outcomes.items():
+            assert isinstance(outcome, PeerFailed), (rank, outcome)
+            assert set(outcome.peers) & set(victims), (rank, outcome, victims)
+        late = [r for r in victims if rng.random() < 0.3]
+        ranks = sorted(set(ranks) - set(victims) | set(late))
+        assert connect(world, *ranks) == dict.fromkeys(ranks)
+        run_steps(world, ranks, epoch + 1, count=1)
+        for rank in sorted(set(victims) - set(late)):
+            world.ranks[rank].close()
+            world.start(rank)
+        ranks = [0, 1, 2, 3]
+        assert connect(world, *ranks) == dict.fromkeys(ranks)
