@@ -99,6 +99,8 @@ class Agents:
         self._wanted: dict[int, tuple[int, dict[str, Any]]] = {}
         """rank -> incarnation and program that its seat is to run"""
         self._given_up: OrderedDict[tuple[int, int], str] = OrderedDict()
+        self._refused: OrderedDict[str, str] = OrderedDict()
+        """agent -> why it was refused last"""
         self._server: asyncio.Server | None = None
         self._closed = False
 
@@ -238,18 +240,29 @@ class Agents:
         asked = len(free) if offer.ranks is None else offer.ranks
         if not seats:
             known = ", ".join(label for label, _ in self._remote.nodes)
-            self._refuse(agent, f"the server has no ranks for node {offer.node!r}, it has some for: {known}; check --node", True)
+            self._refuse(
+                agent, offer.agent_id, f"the server has no ranks for node {offer.node!r}, it has some for: {known}; check --node", True
+            )
         elif asked > len(seats):
-            self._refuse(agent, f"node {offer.node!r} has {len(seats)} ranks, --ranks asks for {asked}; ask for fewer", True)
+            self._refuse(
+                agent, offer.agent_id, f"node {offer.node!r} has {len(seats)} ranks, --ranks asks for {asked}; ask for fewer", True
+            )
         elif not free or asked > len(free):
             taken = len(seats) - len(free)
-            self._refuse(agent, f"{taken} of the {len(seats)} ranks of node {offer.node!r} are taken by another agent", False)
+            self._refuse(
+                agent, offer.agent_id, f"{taken} of the {len(seats)} ranks of node {offer.node!r} are taken by another agent", False
+            )
         else:
+            self._refused.pop(offer.agent_id, None)
             return tuple(free[:asked])
         return ()
 
-    def _refuse(self, agent: Agent, reason: str, is_final: bool) -> None:
-        log.warning("an agent was refused: %s", reason)
+    def _refuse(self, agent: Agent, offer: Offer, reason: str, is_final: bool) -> None:
+        if self._refused.get(offer.agent_id) != reason:  # it asks again, several times a second
+            log.warning("an agent was refused: %s", reason)
+        self._refused[offer.agent_id] = reason
+        if len(self._refused) > REASONS_KEPT:
+            self._refused.popitem(last=False)
         agent.stream.send(Refused(reason, is_final))
         agent.stream.close()
         self._all.discard(agent)

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,22 +28,25 @@ class ServerProcess:
 
     Attributes:
         facts: what `serve --json` printed: url, model, ep_size, slots, experts, layers, max_model_len.
+        stderr: what it had printed there when it ended. Kept in a file until then: a pipe that nobody reads would hold it up when full.
     """
 
     def __init__(self, checkpoint: str | Path, *arguments: str, start_timeout_s: float = 120.0) -> None:
         self._command = [sys.executable, "-m", "elastic_ep.cli.main", "serve", str(checkpoint), "--port", "0", "--json", *arguments]
         self._start_timeout_s = start_timeout_s
         self.facts: dict[str, Any] = {}
+        self.stderr = ""
 
     def __enter__(self) -> ServerProcess:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._errors = tempfile.TemporaryFile(mode="w+")
+        self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], self._start_timeout_s)
         line = self.process.stdout.readline() if ready else ""
         if not line:
             self.process.kill()
-            _, stderr = self.process.communicate()
-            raise ServerFailed(f"the server did not start: {stderr.strip() or f'nothing after {self._start_timeout_s:g} s'}")
+            self._wait_end(None)
+            raise ServerFailed(f"the server did not start: {self.stderr.strip() or f'nothing after {self._start_timeout_s:g} s'}")
         self.facts = json.loads(line)
         return self
 
@@ -60,7 +64,7 @@ class ServerProcess:
         except InvalidInputError:
             if self.process.poll() is None:
                 raise
-            _, self.stderr = self.process.communicate()
+            self._wait_end(None)
             raise ServerFailed(f"the server ended with status {self.process.returncode}: {self.stderr.strip()}") from None
 
     def rank_pid(self, rank: int) -> int:
@@ -86,11 +90,19 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            _, self.stderr = self.process.communicate(timeout=timeout_s)
+            self._wait_end(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            _, self.stderr = self.process.communicate()
+            self._wait_end(None)
         return self.process.returncode
+
+    def _wait_end(self, timeout_s: float | None) -> None:
+        """Raises subprocess.TimeoutExpired."""
+        self.process.communicate(timeout=timeout_s)
+        if not self._errors.closed:
+            self._errors.seek(0)
+            self.stderr = self._errors.read()
+            self._errors.close()
 
 
 def rank_processes(pids: Sequence[int]) -> list[int]:

@@ -136,6 +136,22 @@ def test_two_agents_share_a_node():
     run(scenario)
 
 
+def test_an_agent_that_asks_again_and_again_is_logged_once(caplog):
+    """Spare agents ask several times a second: a controller that says so each time fills its disk, or hangs once nobody reads its log."""
+
+    async def scenario(door: Door) -> None:
+        first = await door.call()
+        await first.offer()
+        for _ in range(3):
+            spare = await door.call()
+            assert isinstance(await spare.offer(agent_id="spare"), Refused)
+        other = await door.call()
+        assert isinstance(await other.offer(agent_id="other"), Refused)
+
+    run(scenario)
+    assert [r.getMessage().partition(":")[0] for r in caplog.records if "refused" in r.getMessage()] == ["an agent was refused"] * 2
+
+
 def test_what_an_agent_reports_reaches_the_brain_for_its_seats_only():
     async def scenario(door: Door) -> None:
         caller = await door.call()
