@@ -38,10 +38,10 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 def arguments(redundant: int, *more: str) -> list[str]:
-    return [
-        "--ep-size", str(EP_SIZE), "--device", "cuda", "--num-redundant-experts", str(redundant), "--kv-tokens", "16384",
-        "--max-num-batched-tokens", "512", "--rebalance-interval", "0", "--scrub-bytes-per-second", "0", "--log-level", "WARNING", *more,
-    ]  # fmt: skip
+    ranks = [] if "--ep-size" in more else ["--ep-size", str(EP_SIZE)]
+    quiet = ["--rebalance-interval", "0", "--scrub-bytes-per-second", "0"]
+    sizes = ["--num-redundant-experts", str(redundant), "--kv-tokens", "16384", "--max-num-batched-tokens", "512"]
+    return ["--device", "cuda", *ranks, *sizes, *quiet, *more]
 
 
 def run(server: ServerProcess, spec: ModelSpec, tokens: int) -> tuple[list[StreamRecord], float]:
@@ -96,7 +96,7 @@ def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[s
 
 def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: bool) -> dict[str, Any]:
     """With a replica of every expert, or with just enough slots for three ranks to hold all (then lost ones come from the host)."""
-    redundant = spec.num_experts if replicas else -(-spec.num_experts // (EP_SIZE - 1) // 8) * 8 * EP_SIZE - spec.num_experts
+    redundant = spec.num_experts if replicas else -(-spec.num_experts // (EP_SIZE - 1)) * EP_SIZE - spec.num_experts
     more = [] if replicas else ["--host-backup", "experts"]
     began = time.monotonic()
     with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
@@ -114,6 +114,34 @@ def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: 
         rejoins = [r for r in server.status()["recoveries"] if r["kind"] == "rejoin"]
     lost = spec.num_layers * spec.num_experts // EP_SIZE
     return {"start_s": started, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins], "experts_of_a_rank": lost}
+
+
+def random_kills(folder: Path, spec: ModelSpec, runs: int) -> dict[str, Any]:
+    """Each run: all streams at once, a rank that lives killed at a random moment; the next run begins whoever is back by then."""
+    rng, tokens, differing, waits = random.Random(7), 24, 0, 0
+    with ServerProcess(folder, *arguments(spec.num_experts, "--restart-backoff", "0.05"), start_timeout_s=300) as server:
+        expected, _ = run(server, spec, tokens)
+        for _ in range(runs):
+            status = server.status()
+            if sum(status["active_ranks"]) < 2:
+                waits += 1
+                status = server.wait_status(lambda s: sum(s["active_ranks"]) >= 2, 60)
+            rank = rng.choice([r for r, active in enumerate(status["active_ranks"]) if active])
+            records, _ = asyncio.run(_with_kill(server, spec, tokens, rank, rng.randrange(NUM_STREAMS * tokens * 3 // 4)))
+            assert not any(record.error for record in records), [record.error for record in records]
+            differing += sum(a.token_ids != b.token_ids for a, b in zip(records, expected, strict=True))
+        status = server.status()
+    recoveries = [r for r in status["recoveries"] if r["kind"] != "rejoin"]
+    stalls = [r["stall_ms"] for r in recoveries if r["stall_ms"] is not None]
+    return {
+        "runs": runs,
+        "streams": runs * NUM_STREAMS,
+        "differing_streams": differing,
+        "failed_requests": status["requests"]["failed"],
+        "recoveries_kept": len(recoveries),
+        "stall_ms": {"median": float(np.median(stalls)), "p95": float(np.percentile(stalls, 95)), "max": max(stalls)},
+        "waited_for_a_second_rank": waits,
+    }
 
 
 def throughput(folder: Path, spec: ModelSpec, tokens: int, *more: str) -> dict[str, float]:
@@ -169,6 +197,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="use this one, whatever its shape")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=200, help="of the part `random`")
     parser.add_argument("--parts", default="throughput,replicas,lost")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -182,6 +211,12 @@ def main() -> None:
     parts: dict[str, Any] = {
         "throughput": lambda: throughput(folder, spec, args.tokens),
         "fast": lambda: throughput(folder, spec, args.tokens, "--fast-math"),
+        "one": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1"),
+        "one-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda"),
+        "one-fast": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda", "--fast-math"),
+        "two": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2"),
+        "two-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2", "--dispatch", "cuda"),
+        "random": lambda: random_kills(folder, spec, args.runs),
         "transformers": lambda: peer(folder, args.tokens),
         "replicas": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=True),
         "lost": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=False),

@@ -57,8 +57,8 @@ class MappedBackup:
         of `digest` (None: those that were put there)."""
         expected = self.backup.known_digest(layer, expert) if digest is None else digest
         with self._lock:
-            if self._digest is None or self._stream is None:
-                self._digest, self._stream = DeviceDigest(self._slot_bytes, self._device), new_stream(self._device)
+            assert self._digest is not None
+            assert self._stream is not None
             with torch.cuda.stream(self._stream):
                 target.copy_(torch.from_numpy(self.backup.view(layer, expert)), non_blocking=True)
             found = self._digest.of(target, self._stream)
@@ -70,7 +70,8 @@ class MappedBackup:
         return Loaded(found, "host", self._slot_bytes)
 
     def _map_all(self) -> None:
-        """Layer by layer, as they fill. Ends with the process."""
+        """Compile, then layer by layer, as they fill. Ends with the process."""
+        self._digest, self._stream = DeviceDigest(self._slot_bytes, self._device), new_stream(self._device)
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         wait = threading.Event()
         slots = max(1, _CHUNK_BYTES // self._slot_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.models.experts import StepVoid
 from elastic_ep.models.gpu.arithmetic import use_device_kernels
 from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep, check_right
-from elastic_ep.models.gpu.kv import DeviceKV
+from elastic_ep.models.gpu.graphs import DecodeGraphs
+from elastic_ep.models.gpu.kv import DeviceKV, StepTables
 from elastic_ep.models.gpu.slots import DeviceSlots
 from elastic_ep.models.kernels import kernels
 from elastic_ep.models.sampling import sample
@@ -42,6 +44,8 @@ class DeviceEngine(ElasticEngine):
     def __init__(self, *args: Any, device: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.device = torch.device("cuda", device)
+        self._graphs: DecodeGraphs | None = None
+        self._captured_state: DeviceStep | None = None
 
     def load_dense(self) -> None:
         """See `ElasticEngine.load_dense`; kernels are compiled here, not in the first step."""
@@ -91,36 +95,67 @@ class DeviceEngine(ElasticEngine):
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
     ) -> StepOutput | PeerFailed | Interrupted:
-        """See `ElasticEngine.run_step`."""
-        num_tokens = self._make_room(work, release)
+        """See `ElasticEngine.run_step`. Over the cuda dispatch backend nothing waits for the device before the step's end."""
+        self._make_room(work, release)
         enqueue = dispatcher if isinstance(dispatcher, CudaDispatcher) else None
         counts = self._counts.zero_() if self._count_experts else None
+        self._wrong.zero_()  # a void step may have left its mark
         state = DeviceStep(routing, dispatcher, enqueue, step, self._device_slots.tables(), counts, self._wrong)
-        for layer in self._layers:
-            layer.state = state  # type: ignore[assignment]
-        if enqueue is not None:
-            enqueue.begin_step(routing, routing.epoch, step)
         try:
             with torch.inference_mode():
-                logits = self._device_forward(work) if num_tokens else self._device_serve_only()
+                logits = self._run(work, state) if enqueue is None else self._enqueue(work, state, enqueue)
         except StepVoid as void:
             return void.outcome
         if enqueue is not None and (outcome := enqueue.wait()) is not None:
             return outcome
         return self._finish(work, logits, counts, routing.epoch)
 
-    def _device_forward(self, work: Sequence[SequenceWork]) -> torch.Tensor:
+    def _run(self, work: Sequence[SequenceWork], state: DeviceStep) -> torch.Tensor:
         """Logits float32 [sampled sequences, vocab], on the device."""
-        tables = self._device_kv.step = self._device_kv.tables(work)
-        hidden = self._model.model(input_ids=tables.ids[None], position_ids=tables.positions[None], use_cache=False).last_hidden_state[0]
+        self._set_state(state)
+        if not work:
+            return self._device_serve_only()
         ends = np.cumsum([len(item.tokens) for item in work])
         sampled = [int(end) - 1 for item, end in zip(work, ends, strict=True) if item.sample is not None]
+        return self._device_forward(self._device_kv.tables(work), sampled)
+
+    def _enqueue(self, work: Sequence[SequenceWork], state: DeviceStep, dispatcher: CudaDispatcher) -> torch.Tensor:
+        """The same without waiting for the device: as a graph if the step is a decode and no expert has to be streamed."""
+        dispatcher.begin_step(state.routing, state.routing.epoch, state.step)
+        size = DecodeGraphs.size_for(work)
+        if size is None or self.rank in state.routing.streamed.values():
+            return self._run(work, state)
+        if self._graphs is None:
+            width = min(self._device_kv.num_pages, -(-self.spec.max_positions // self._device_kv.page_tokens))
+            self._graphs = DecodeGraphs(self._device_kv, width, self.device, self._capture_forward)
+        self._captured_state = state
+        graph = self._graphs.prepare(work, size, dispatcher.is_split)
+        graph.graph.replay()
+        return graph.logits[: len(work)]
+
+    def _capture_forward(self, tables: StepTables, is_real: torch.Tensor) -> torch.Tensor:
+        """What a graph captures. Of the state only tensors at fixed addresses stay in it."""
+        assert self._captured_state is not None
+        self._set_state(replace(self._captured_state, is_real=is_real))
+        if not len(is_real):
+            return self._device_serve_only()
+        return self._device_forward(tables, range(len(is_real)))
+
+    def _set_state(self, state: DeviceStep) -> None:
+        for layer in self._layers:
+            layer.state = state  # type: ignore[assignment]
+
+    def _device_forward(self, tables: StepTables, sampled: Sequence[int]) -> torch.Tensor:
+        """Logits of the tokens in these rows."""
+        self._device_kv.step = tables
+        out = self._model.model(input_ids=tables.ids[None], position_ids=tables.positions[None], use_cache=False)
+        hidden: torch.Tensor = out.last_hidden_state[0]
         if not sampled:
             return hidden.new_empty(0, 0)
         if len(sampled) < len(hidden):
             hidden = hidden[torch.tensor(sampled).pin_memory().to(self.device, non_blocking=True)]
-        logits: torch.Tensor = self._model.lm_head(hidden)
-        return logits.float()
+        logits: torch.Tensor = self._model.lm_head(hidden).float()
+        return logits
 
     def _device_serve_only(self) -> torch.Tensor:
         """This rank has no tokens: it still serves its experts, layer by layer."""

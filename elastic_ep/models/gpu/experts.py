@@ -24,6 +24,7 @@ class DeviceStep:
         enqueue: the dispatcher, if it can be called without waiting for the device; its outcome is then asked for after the last layer.
         tables: `DeviceSlots.tables()`.
         counts: int64 [L, E] on the device, pairs of this rank's tokens, or None.
+        is_real: int64 [T], what each token counts; None: one.
         wrong: int32 [1] on the device; set when rows came for an expert that no slot holds.
     """
 
@@ -34,6 +35,7 @@ class DeviceStep:
     tables: torch.Tensor
     counts: torch.Tensor | None
     wrong: torch.Tensor
+    is_real: torch.Tensor | None = None
 
 
 @dataclass
@@ -59,8 +61,8 @@ class DeviceExperts:
         assert state is not None, "experts outside of a step"
         ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
         if state.counts is not None and len(ids):
-            flat = ids.view(-1)
-            state.counts[self.layer].index_add_(0, flat, torch.ones_like(flat))
+            one = torch.ones_like(ids) if state.is_real is None else state.is_real[:, None].expand_as(ids)
+            state.counts[self.layer].index_add_(0, ids.view(-1), one.reshape(-1))
         return self._exchange(hidden.contiguous(), ids, weights, state)
 
     def _exchange(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, state: DeviceStep) -> torch.Tensor:

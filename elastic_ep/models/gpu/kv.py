@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,18 +17,31 @@ _KEYS_PER_TILE = 64
 
 
 class StepTables(NamedTuple):
-    """A step's tokens on the device, all int64: ids, positions, sequences, cells [T]; pages [sequences, most pages of one].
+    """A step's tokens, all int64, on the device (while they are made: arrays): ids, positions, sequences, cells [T]; pages [sequences,
+    most pages of one].
 
     Attributes:
         sequences: which row of `pages` is the token's.
         cells: where its key and value go: page * page_tokens + place.
     """
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    sequences: torch.Tensor
-    cells: torch.Tensor
-    pages: torch.Tensor
+    ids: Any
+    positions: Any
+    sequences: Any
+    cells: Any
+    pages: Any
+
+
+def packed_length(tokens: int, sequences: int, width: int) -> int:
+    """Words of the tables in one piece of memory."""
+    return 4 * (tokens + tokens % 2) + sequences * width
+
+
+def unpack(packed: Any, tokens: int, sequences: int, width: int) -> StepTables:
+    """Views of it, an array or a tensor. Each begins at 16 bytes, so that a kernel is compiled once."""
+    stride = tokens + tokens % 2
+    ids, positions, at, cells = packed[: 4 * stride].reshape(4, stride)[:, :tokens]
+    return StepTables(ids, positions, at, cells, packed[4 * stride :].reshape(sequences, width))
 
 
 class DeviceKV(Pages):
@@ -36,12 +49,16 @@ class DeviceKV(Pages):
 
     Args:
         capacity_tokens: rounded up to whole pages of `page_tokens`, which is a power of two.
+
+    Attributes:
+        scratch_page: one more page, of no sequence, for what must be written somewhere.
     """
 
     def __init__(self, num_layers: int, shape: KVShape, capacity_tokens: int, page_tokens: int, dtype: torch.dtype, device: torch.device):
         super().__init__(-(-capacity_tokens // page_tokens), page_tokens)
         self._device = device
-        cells = self.num_pages * page_tokens
+        self.scratch_page = self.num_pages
+        cells = (self.num_pages + 1) * page_tokens
         self._keys = torch.zeros(num_layers, cells, shape.num_heads, shape.key_dim, dtype=dtype, device=device)
         self._values = torch.zeros(num_layers, cells, shape.num_heads, shape.value_dim, dtype=dtype, device=device)
         self.step: StepTables | None = None
@@ -49,24 +66,33 @@ class DeviceKV(Pages):
     def tables(self, work: Sequence[SequenceWork]) -> StepTables:
         """For sequences laid out one after the other; `extend` made room for each. One copy to the device."""
         counts = np.array([len(item.tokens) for item in work])
-        total = int(counts.sum())
-        lists = [self.pages_of(item.seq_id) for item in work]
-        width = max(map(len, lists))
-        stride = total + total % 2  # each begins at 16 bytes, so that a kernel is compiled once
-        packed = np.zeros(4 * stride + len(work) * width, dtype=np.int64)
-        ids, positions, sequences, cells = packed[: 4 * stride].reshape(4, stride)[:, :total]
-        pages = packed[4 * stride :].reshape(len(work), width)
-        ids[:] = [token for item in work for token in item.tokens]
-        sequences[:] = np.repeat(np.arange(len(work)), counts)
-        ends = counts.cumsum()
+        total, width = int(counts.sum()), max(len(self.pages_of(item.seq_id)) for item in work)
+        packed = np.zeros(packed_length(total, len(work), width), dtype=np.int64)
+        host = unpack(packed, total, len(work), width)
+        host.ids[:] = [token for item in work for token in item.tokens]
+        host.sequences[:] = np.repeat(np.arange(len(work)), counts)
         starts = np.array([item.start for item in work])
-        positions[:] = np.arange(total) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)
-        for row, owned in zip(pages, lists, strict=True):
+        host.positions[:] = np.arange(total) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(starts, counts)
+        self._fill_pages(host, work)
+        return unpack(torch.from_numpy(packed).pin_memory().to(self._device, non_blocking=True), total, len(work), width)
+
+    def decode_tables(self, work: Sequence[SequenceWork], target: torch.Tensor, count: int, width: int) -> None:
+        """The same for one token of each sequence, and tokens of nobody up to `count`, into int64 memory on the device."""
+        packed = np.zeros(packed_length(count, count, width), dtype=np.int64)
+        host = unpack(packed, count, count, width)
+        host.ids[: len(work)] = [item.tokens[0] for item in work]
+        host.sequences[:] = np.arange(count)
+        host.positions[: len(work)] = [item.start for item in work]
+        host.pages[len(work) :] = self.scratch_page
+        self._fill_pages(host, work)
+        target.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+
+    def _fill_pages(self, host: StepTables, work: Sequence[SequenceWork]) -> None:
+        for row, item in zip(host.pages, work, strict=False):
+            owned = self.pages_of(item.seq_id)
             row[: len(owned)] = owned
-        cells[:] = pages[sequences, positions // self.page_tokens] * self.page_tokens + positions % self.page_tokens
-        device = torch.from_numpy(packed).pin_memory().to(self._device, non_blocking=True)
-        on_ids, on_positions, on_sequences, on_cells = device[: 4 * stride].view(4, stride)[:, :total]
-        return StepTables(on_ids, on_positions, on_sequences, on_cells, device[4 * stride :].view(len(work), width))
+        page, place = np.divmod(host.positions, self.page_tokens)
+        host.cells[:] = host.pages[host.sequences, page] * self.page_tokens + place
 
     def attend(
         self,

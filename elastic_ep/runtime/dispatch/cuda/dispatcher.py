@@ -225,6 +225,11 @@ class CudaDispatcher:
 
     # ---- the hot path: nothing here waits for the device
 
+    @property
+    def is_split(self) -> bool:
+        """Whether every direction runs as kernels of its own; a graph captured so replays in every epoch that is so, too."""
+        return self._split
+
     def token_buffer(self, num_tokens: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """[num_tokens, hidden] in this rank's region: an x that lies here is not copied. Free to write once a combine is enqueued."""
         num_bytes = num_tokens * hidden * dtype.itemsize
