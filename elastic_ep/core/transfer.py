@@ -194,42 +194,36 @@ class _Layer:
         ranks = rank_of_slot.tolist()
         self.slots: dict[int, list[int]] = {}
         self.keeps: dict[int, set[int]] = {}
-        self.homes: dict[int, list[int]] = {}
-        self.count = Counter(e for e in self.held if e != EMPTY)
+        self.homes: dict[int, set[int]] = {}
+        self.count = Counter(self.held)
         for slot, rank in enumerate(ranks):
             self.slots.setdefault(rank, []).append(slot)
             if self.wanted[slot] != EMPTY:
                 self.keeps.setdefault(rank, set()).add(self.wanted[slot])
-                self.homes.setdefault(self.wanted[slot], []).append(rank)
+                self.homes.setdefault(self.wanted[slot], set()).add(rank)
 
     def has(self, rank: int, expert: int) -> bool:
         return any(self.held[s] == expert for s in self.slots[rank])
 
     def missing(self) -> list[tuple[int, int]]:
         """(expert, rank) that is still to be brought."""
-        return [(e, r) for e, ranks in sorted(self.homes.items()) for r in sorted(set(ranks)) if not self.has(r, e)]
+        return [(e, r) for e, ranks in sorted(self.homes.items()) for r in sorted(ranks) if not self.has(r, e)]
 
     def slot_to_give(self, rank: int, expert: int, used: set[int], free_only: bool, lent: Counter[int]) -> int:
-        """The slot of ``rank`` that ``expert`` may take: the one it is meant for if that can be given up, else any that can; -1: none.
+        """The slot of ``rank`` that ``expert`` may take: a free one first, of those the one it is meant for; -1: none.
 
-        A slot can be given up if it is empty, holds what its rank is not to keep or has twice, and, with ``free_only``, if its expert is
-        not to be kept anywhere or has another replica (``lent``: what this round overwrites already, less what it brings).
+        A slot can be given up if it is empty or holds what its rank is not to keep, or has twice. It is free if nobody is to keep what it
+        holds or another replica stays (``lent``: replicas that this round overwrites, less those that it brings).
         """
-        best: tuple[bool, bool, int] | None = None
+        options = []
         for slot in self.slots[rank]:
             mine = self.held[slot]
-            if slot in used:
+            if slot in used or (mine in self.keeps[rank] and sum(self.held[s] == mine and s not in used for s in self.slots[rank]) == 1):
                 continue
-            doubled = mine != EMPTY and sum(self.held[s] == mine and s not in used for s in self.slots[rank]) > 1
-            if mine in self.keeps.get(rank, ()) and not doubled:
-                continue
-            is_free = mine == EMPTY or mine not in self.homes or self.count[mine] - lent[mine] > 1
-            if free_only and not is_free:
-                continue
-            key = (not is_free, self.wanted[slot] != expert, slot)
-            if best is None or key < best:
-                best = key
-        return -1 if best is None else best[2]
+            is_free = mine not in self.homes or self.count[mine] - lent[mine] > 1
+            if is_free or not free_only:
+                options.append((not is_free, self.wanted[slot] != expert, slot))
+        return min(options)[2] if options else -1
 
 
 @dataclass
@@ -290,7 +284,7 @@ class _Planner:
         for index, layer in enumerate(self.layers):
             lent, used = draft.lent.setdefault(index, Counter()), set[int]()
             for expert in sorted(e for e in layer.homes if not layer.count[e]):
-                found = [(layer.slot_to_give(r, expert, used, True, lent), r) for r in sorted(set(layer.homes[expert]))]
+                found = [(layer.slot_to_give(r, expert, used, True, lent), r) for r in sorted(layer.homes[expert])]
                 options = [(layer.wanted[s] != expert, draft.incoming[r], s, r) for s, r in found if s >= 0]
                 if not options:
                     continue
@@ -319,9 +313,9 @@ class _Planner:
                 return
             path.append((slot, expert, rank))
             displaced = layer.held[slot]
-            if displaced == EMPTY or displaced not in layer.homes or layer.count[displaced] - lent[displaced] > 1:
+            if displaced not in layer.homes or layer.count[displaced] - lent[displaced] > 1:
                 break
-            homes = [r for r in sorted(set(layer.homes[displaced])) if not layer.has(r, displaced)]
+            homes = [r for r in sorted(layer.homes[displaced]) if not layer.has(r, displaced)]
             on_path = [i for i, step in enumerate(path) if step[2] in homes]
             if on_path:
                 start = on_path[-1]
@@ -337,8 +331,7 @@ class _Planner:
 
     def _write(self, draft: _Draft, index: int, slot: int, expert: int, rank: int, used: set[int]) -> None:
         layer = self.layers[index]
-        if layer.held[slot] != EMPTY:
-            draft.lent[index][layer.held[slot]] += 1
+        draft.lent[index][layer.held[slot]] += 1
         draft.lent[index][expert] -= 1
         draft.writes[index, slot] = (expert, rank)
         draft.incoming[rank] += 1
@@ -354,8 +347,7 @@ class _Planner:
             self.bytes_by_kind[source.kind] += self.expert_bytes
         for copy in copies:
             state = self.layers[copy.layer]
-            if state.held[copy.slot] != EMPTY:
-                state.count[state.held[copy.slot]] -= 1
+            state.count[state.held[copy.slot]] -= 1
             state.held[copy.slot] = copy.expert
             state.count[copy.expert] += 1
         for link, num_bytes in links.num_bytes.items():

@@ -284,3 +284,13 @@ def test_an_expert_that_is_on_its_way_already_is_not_brought_twice():
     plan = plan_transfer(contents, target, topology, [1, 1], staging_slots=2)
     execute(plan, contents, target, topology, [1, 1], ("0", "1"), 2)
     assert [sorted((c.expert, c.rank) for c in step.copies) for step in plan.rounds if step.copies] == [[(0, 0), (1, 1)]]
+
+
+def test_the_last_replica_waits_for_its_heir():
+    """Ranks 0 and 1 hold expert 4 and are to give it up; rank 2, its heir, takes experts 0 and 1 first. One of the two must wait for it."""
+    topology = Topology((1, 1, 3, 4))
+    contents = np.array([[4, 4, -1, -1, -1, 0, 1, 2, 3]])
+    target = placement([[2, 3, 0, 1, 4, 0, 1, 2, 3]], 5)
+    plan = plan_transfer(contents, target, topology, [1, 1, 1, 1])
+    execute(plan, contents, target, topology, [1, 1, 1, 1], ("0", "1", "2", "3"), 1)
+    assert [len(step.copies) for step in plan.rounds] == [2, 1, 2]
