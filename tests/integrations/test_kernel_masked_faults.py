@@ -294,3 +294,47 @@ def test_random_failures_change_no_sum(make_kernel_world: Any, backend: str) -> 
             world.start(rank)
         ranks = [0, 1, 2, 3]
         assert connect(world, *ranks) == dict.fromkeys(ranks)
+
+
+@pytest.mark.parametrize("backend", ONE_EACH)
+def test_nobody_sends_before_everybody_has_cleared(make_kernel_world: Any, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_kernel_world(backend, 2)
+    start(world, 0, 1)
+    slow, other = world.ranks[1], world.ranks[0]
+    other_is_done = threading.Event()
+    order: list[str] = []
+    clear, meet = slow._clear_buffers, other._meet
+
+    def clear_late() -> None:
+        assert other_is_done.wait(CONNECT_S)
+        clear()
+        order.append("cleared")
+
+    def meet_and_tell(place: str, *args: Any) -> Any:
+        if place == "clear":
+            other_is_done.set()
+        return meet(place, *args)
+
+    def connect_and_tell(rank: int) -> Any:
+        outcome = world.ranks[rank].connect(world.peers(0, 1), CONNECT_S)
+        order.append("connected")
+        other_is_done.set()
+        return outcome
+
+    monkeypatch.setattr(slow, "_clear_buffers", clear_late)
+    monkeypatch.setattr(other, "_meet", meet_and_tell)
+    assert run_ranks({r: lambda r=r: connect_and_tell(r) for r in range(2)}) == {0: None, 1: None}
+    assert order == ["cleared", "connected", "connected"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_gives_up_sends_nothing_that_could_be_taken_for_outputs(make_kernel_world: Any, backend: str) -> None:
+    world = make_kernel_world(backend, 3, timeout_us=int(TIMEOUT_S * 1e6))
+    start(world, 0, 1, 2)
+    routing, batches = make_step(9, [0, 1, 2], 1)
+    world.ranks[0].cut(2)
+    outcomes = run_ranks({r: lambda r=r: run_until_failed(world, r, batches[r], routing, 1) for r in range(3)})
+    assert outcomes[0] == PeerFailed({2: FailureKind.CLOSED})
+    for rank in (1, 2):
+        assert isinstance(outcomes[rank], PeerFailed)
+        assert 0 in outcomes[rank].peers
