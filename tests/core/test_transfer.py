@@ -294,3 +294,36 @@ def test_the_last_replica_waits_for_its_heir():
     plan = plan_transfer(contents, target, topology, [1, 1, 1, 1])
     execute(plan, contents, target, topology, [1, 1, 1, 1], ("0", "1", "2", "3"), 1)
     assert [len(step.copies) for step in plan.rounds] == [2, 1, 2]
+
+
+def test_a_chain_that_runs_into_a_ring_leaves_it_to_turn_alone():
+    """Expert 0 is to displace 1, that 2, that 3, and 3 belongs where 1 was going: 2 and 3 change places; 0 waits, or 1 would be nowhere."""
+    topology = Topology((1, 2, 2))
+    contents, target = np.array([[1, 2, 4, 3, 0]]), placement([[0, 1, 3, 2, 4]], 5)
+    plan = plan_transfer(contents, target, topology, [1, 1, 1])
+    execute(plan, contents, target, topology, [1, 1, 1], ("0", "1", "2"), 1)
+    assert [(c.rank, c.slot, c.expert) for c in plan.rounds[0].copies] == [(1, 1, 3), (2, 3, 2)]
+
+
+@st.composite
+def reshuffles(draw):
+    """(contents, target, topology): few experts in few slots, anywhere before and after; most live nowhere else."""
+    slots = tuple(draw(st.lists(st.integers(1, 3), min_size=2, max_size=5)))
+    num_experts = draw(st.integers(max(1, sum(slots) - 3), sum(slots)))
+    spare = [-1] * (sum(slots) - num_experts)
+    filler = draw(st.lists(st.integers(-1, num_experts - 1), min_size=len(spare), max_size=len(spare)))
+    contents = np.array([draw(st.permutations([*range(num_experts), *filler]))])
+    filler = draw(st.lists(st.integers(-1, num_experts - 1), min_size=len(spare), max_size=len(spare)))
+    return contents, placement([draw(st.permutations([*range(num_experts), *filler]))], num_experts), Topology(slots)
+
+
+@FEW
+@given(reshuffles(), st.integers(1, 2))
+def test_rings_turn_with_one_buffer(journey, staging_slots):
+    contents, target, topology = journey
+    active = [1] * topology.ep_size
+    plan = plan_transfer(contents, target, topology, active, staging_slots=staging_slots)
+    execute(plan, contents, target, topology, active, topology.labels("rank"), staging_slots)
+    copies = sorted((c.layer, c.expert, c.rank) for step in plan.rounds for c in step.copies)
+    assert copies == lacking(contents, target, topology, active)
+    assert plan.num_coverage_rounds == 0
