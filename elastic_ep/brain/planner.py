@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,22 +52,24 @@ def plan(
     contents: NDArray[np.int64],
     load: NDArray[np.float64] | None = None,
     backups: Backups | None = None,
+    solver: Solver | None = None,
 ) -> GroupPlan:
     """Recover: place all experts over the active ranks, moving only what has to be, all of it in place.
 
     Args:
         contents: int64 [L, P], what each slot holds now (-1: nothing); slots of inactive ranks are ignored.
         load: float [L, E] tokens per expert, None when nothing was measured yet.
+        solver: what places the experts, `solve` or one that remembers its answers.
 
     Raises:
         InsufficientSlotsError: too few live slots and streaming is not allowed.
     """
     held = _live(topology, active, contents)
-    solved = _solve(settings, topology, active, held, load, max_moves=0)
-    loads = tuple((move.layer, move.slot, move.expert) for move in solved.moves)
+    solved = (solver or solve)(settings, topology, active, held, load, 0)
+    loads = tuple((move.layer, move.slot, move.expert) for move in solved.plan.moves)
     sources = pick_sources(loads, held, topology, expert_bytes=settings.expert_bytes, backups=backups, speeds=settings.speeds)
-    lost = len(solved.lost) if (held != EMPTY).any() else 0
-    return _final(solved, topology, active, loads, sources, lost)
+    lost = len(solved.plan.lost) if (held != EMPTY).any() else 0
+    return _final(solved, loads, sources, lost)
 
 
 def plan_change(
@@ -78,6 +80,7 @@ def plan_change(
     load: NDArray[np.float64] | None = None,
     backups: Backups | None = None,
     leaving: Sequence[int] = (),
+    solver: Solver | None = None,
 ) -> tuple[GroupPlan, ...]:
     """Restore redundancy and balance: rounds, each staged beside what is served and installed at once. Arguments as in `plan`.
 
@@ -86,11 +89,11 @@ def plan_change(
     """
     present = tuple(1 if rank in leaving else alive for rank, alive in enumerate(active))
     held = _live(topology, present, contents)
-    solved = _solve(settings, topology, active, _live(topology, active, contents), load, max_moves=None)
-    gain = 0.0 if load is None else _gain(ExpertPlacement(held.copy(), settings.num_experts), solved, topology, load)
+    solved = (solver or solve)(settings, topology, active, _live(topology, active, contents), load, None)
+    gain = 0.0 if load is None else _gain(ExpertPlacement(held.copy(), settings.num_experts), solved.plan, topology, load)
     transfer = plan_transfer(
         held,
-        solved.placement,
+        solved.plan.placement,
         topology,
         present,
         expert_bytes=settings.expert_bytes,
@@ -105,11 +108,11 @@ def plan_change(
         for layer, slot, expert in loads:
             held[layer, slot] = expert
         if number == len(transfer.rounds):
-            plans.append(_final(solved, topology, active, loads, sources))
+            plans.append(_final(solved, loads, sources))
         else:
             plans.append(_between(held.copy(), settings.num_experts, topology, present, loads, sources, number))
-    plans = plans or [_final(solved, topology, active, (), ())]
-    return tuple(replace(each, gain=gain) for each in plans)
+    plans = plans or [_final(solved, (), ())]
+    return tuple(replace(each, gain=gain) for each in plans) if gain else tuple(plans)
 
 
 def _gain(before: ExpertPlacement, solved: PlacementPlan, topology: Topology, load: NDArray[np.float64]) -> float:
@@ -124,19 +127,42 @@ def _live(topology: Topology, active: tuple[int, ...], contents: NDArray[np.int6
     return np.where(topology.live_slot_mask(active)[None, :], contents, EMPTY)
 
 
-def _solve(
+class Solved(NamedTuple):
+    """A placement, and what is told of it: what it survives and how it came about."""
+
+    plan: PlacementPlan
+    survives: dict[str, Any]
+    reason: str
+
+
+Solver = Callable[
+    [PlanSettings, Topology, tuple[int, ...], NDArray[np.int64], NDArray[np.float64] | None, int | None],
+    Solved,
+]
+
+
+def solve(
     settings: PlanSettings,
     topology: Topology,
     active: tuple[int, ...],
     held: NDArray[np.int64],
     load: NDArray[np.float64] | None,
     max_moves: int | None,
-) -> PlacementPlan:
+) -> Solved:
+    """Place all experts. Of the settings it uses the number of experts, `spread`, and, when slots are too few, `stream_when_short`.
+
+    Args:
+        held: int64 [L, P], what slots of active ranks hold, -1 elsewhere.
+        max_moves: None for no limit, 0 for a recovery: then only lost experts move.
+
+    Raises:
+        InsufficientSlotsError: too few live slots and streaming is not allowed.
+    """
     num_live, num_experts = int(topology.live_slot_mask(active).sum()), settings.num_experts
     if num_live < num_experts and not settings.stream_when_short:
         raise InsufficientSlotsError(num_live, num_experts)
     from_nothing = not (held != EMPTY).any()
-    return solve_placement(
+    solved = solve_placement(
         np.ones((len(held), num_experts)) if load is None else load,
         topology,
         active,
@@ -145,6 +171,7 @@ def _solve(
         spread=_spread(settings.spread, topology, active),
         max_moves=None if from_nothing else max_moves,
     )
+    return Solved(solved, survives_object(solved.placement, topology, active), "; ".join(solved.reasons))
 
 
 Loads = tuple[tuple[int, int, int], ...]
@@ -158,17 +185,15 @@ def _of_round(part: Round, held: NDArray[np.int64], topology: Topology) -> tuple
     return tuple(loads), tuple(sources)
 
 
-def _final(
-    solved: PlacementPlan, topology: Topology, active: tuple[int, ...], loads: Loads, sources: Sequence[Source], lost: int = 0
-) -> GroupPlan:
+def _final(solved: Solved, loads: Loads, sources: Sequence[Source], lost: int = 0) -> GroupPlan:
     return GroupPlan(
-        placement=solved.placement,
-        quotas=solved.quotas,
-        streamed=solved.streamed,
+        placement=solved.plan.placement,
+        quotas=solved.plan.quotas,
+        streamed=solved.plan.streamed,
         loads=loads,
         experts_lost=lost,
-        survives=survives_object(solved.placement, topology, active),
-        reason="; ".join(solved.reasons),
+        survives=solved.survives,
+        reason=solved.reason,
         sources=tuple(sources),
     )
 
@@ -192,7 +217,7 @@ def _between(
 
 def survives_object(placement: ExpertPlacement, topology: Topology, active: tuple[int, ...]) -> dict[str, Any]:
     """`survives` of `/elastic/status`: how many ranks may fail, whichever they are, and whether any one node may, with no expert lost."""
-    found = survives(placement, topology, active, max_failures=1)
+    found = survives(placement, topology, active, max_failures=0)
     return {"any_ranks": found.any_ranks, "any_node": found.any_node}
 
 

@@ -36,10 +36,10 @@ class Outcome:
 
 
 def run(schedule: Schedule, *, with_trace: bool = False, with_digest: bool = True) -> Outcome:
-    """One run, from the start of its processes until every request has ended or a promise is broken. Without `with_digest` only a
-    failure is given its hash."""
+    """One run, from the start of its processes until all has ended and settled or a promise is broken. Without `with_digest` no trace is
+    kept, which is faster; a failure is run again for its hash."""
     predicate, what = "", ""
-    world = World(schedule, predicates.check)
+    world = World(schedule, predicates.check, with_notes=with_trace or with_digest)
     try:
         drive(world)
     except Violation as violation:
@@ -50,11 +50,13 @@ def run(schedule: Schedule, *, with_trace: bool = False, with_digest: bool = Tru
         predicate, what = "any_rank_may_die", f"the controller failed: {type(error).__name__}: {error}"
         if with_trace:
             what += "\n" + traceback.format_exc()
+    if predicate and not world.timeline.with_notes:
+        return run(schedule)
     timeline, state = world.timeline, world.brain.state
     trace = tuple(timeline.trace()) if with_trace else ()
-    return Outcome(
+    outcome = Outcome(
         schedule.seed,
-        timeline.digest() if with_digest or predicate else "",
+        timeline.digest() if timeline.with_notes else "",
         predicate,
         what,
         timeline.happened,
@@ -63,6 +65,8 @@ def run(schedule: Schedule, *, with_trace: bool = False, with_digest: bool = Tru
         state.tokens_committed,
         trace,
     )
+    world.close()
+    return outcome
 
 
 def drive(world: World) -> None:

@@ -19,6 +19,7 @@ from elastic_ep.sim.routing import Routing
 Backups = dict[str, NDArray[np.bool_]]
 REMEMBERED = 20_000
 _plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+_solved: OrderedDict[tuple[Any, ...], planner.Solved] = OrderedDict()
 _routings: OrderedDict[tuple[Any, ...], Routing] = OrderedDict()
 
 
@@ -32,6 +33,7 @@ def answer(brain: Brain, command: ev.MakePlan, backups: Backups) -> ev.Planned:
     key = (*asked, *where, contents.tobytes(), contents.shape, None if load is None else load.tobytes())
     if key not in _plans:
         _remember(_plans, key, _solve(brain, command, backups))
+    _plans.move_to_end(key)
     plans, reason = _plans[key]
     if not plans:
         return ev.Planned(command.epoch, None, reason, command.change)
@@ -43,10 +45,27 @@ def _solve(brain: Brain, command: ev.MakePlan, backups: Backups) -> tuple[tuple[
     arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, state.load.recent(), backups)
     try:
         if command.change is None:
-            return (planner.plan(*arguments),), ""
-        return planner.plan_change(*arguments, leaving=command.leaving), ""
+            return (planner.plan(*arguments, solver=solve),), ""
+        return planner.plan_change(*arguments, leaving=command.leaving, solver=solve), ""
     except InsufficientSlotsError as error:
         return (), str(error)
+
+
+def solve(
+    settings: planner.PlanSettings,
+    topology: Topology,
+    active: tuple[int, ...],
+    held: NDArray[np.int64],
+    load: NDArray[np.float64] | None,
+    max_moves: int | None,
+) -> planner.Solved:
+    """`planner.solve`, remembered by what it uses: many plans differ only in staging memory or in hosts' copies."""
+    where = (topology.slots_per_rank, topology.domains.get("node"), active, held.shape, held.tobytes())
+    key = (settings.num_experts, settings.stream_when_short, settings.spread, max_moves, *where, None if load is None else load.tobytes())
+    if key not in _solved:
+        _remember(_solved, key, planner.solve(settings, topology, active, held, load, max_moves))
+    _solved.move_to_end(key)
+    return _solved[key]
 
 
 def topology_of(brain: Brain) -> Topology:

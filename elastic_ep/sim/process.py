@@ -152,6 +152,13 @@ class Process:
             self.up.is_closed = True
             self.world.ended(self)
 
+    def close(self) -> None:
+        """See `World.close`."""
+        for end in self.mesh.ends.values():
+            vars(end).clear()
+        vars(self.mesh).clear()
+        vars(self).clear()
+
     def shut_out(self) -> None:
         """Its control channel is closed, or it is told to start over: the thread that beats ends the process, whatever that is in."""
         if self.is_stopped:

@@ -20,10 +20,11 @@ class Timeline:
         notes: (moment, what) of each noted fact, oldest first; put into words only when somebody reads them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_notes: bool = True) -> None:
         self.now = 0.0
         self.happened = 0
         self.notes: list[tuple[float, Note]] = []
+        self.with_notes = with_notes
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._made = 0
 
@@ -51,7 +52,8 @@ class Timeline:
 
     def note(self, what: Note) -> None:
         """Remember a fact: its words, or what words can be made of later. Nothing that it refers to may change."""
-        self.notes.append((self.now, what))
+        if self.with_notes:
+            self.notes.append((self.now, what))
 
     def trace(self) -> list[str]:
         """One line per noted fact."""

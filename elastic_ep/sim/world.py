@@ -90,11 +90,11 @@ class World:
     exchange_timeout_s = 0.5
     bytes_per_expert = 1000
 
-    def __init__(self, schedule: Schedule, check: Callable[[World], None] = lambda world: None) -> None:
+    def __init__(self, schedule: Schedule, check: Callable[[World], None] = lambda world: None, *, with_notes: bool = True) -> None:
         self.schedule = schedule
         self._check = check
         self.rng = random.Random(schedule.seed ^ 0x51AB)
-        self.timeline = Timeline()
+        self.timeline = Timeline(with_notes=with_notes)
         self.net = Network(self.timeline, self.rng, LATENCY_S, schedule.loss)
         self.settings = schedule.settings()
         self.brain = Brain(self.settings, 0.0)
@@ -192,6 +192,12 @@ class World:
     def is_past_faults(self) -> bool:
         return not self._faults and not self._requests and not self._orders
 
+    def close(self) -> None:
+        """Break the references that run in circles, so that all of it is freed at once and not by the collector. No use afterwards."""
+        for process in self.processes.values():
+            process.close()
+        vars(self).clear()
+
     def step(self) -> bool:
         """One event. False when there is none, which no world with a living process reaches."""
         is_due = self.timeline.happened >= self._next_at and self._take_scheduled(self.timeline.happened)
@@ -283,7 +289,7 @@ class World:
             after = planning.fingerprint(self.brain) if before is not None else None
             is_beat = not commands and before is None and isinstance(event, ev.RankSaid) and isinstance(event.message, Heartbeat)
             self.heard.append(Heard(event, commands, before, after, is_beat))
-            if not is_beat:
+            if not is_beat and self.timeline.with_notes:
                 self.timeline.note((planning.describe, event, commands))
             for command in commands:
                 self.execute(command)

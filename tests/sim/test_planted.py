@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,8 @@ from elastic_ep.brain.requests import RequestTable, Sequence
 from elastic_ep.brain.state import BrainState
 from elastic_ep.core.placement import SlotContents
 from elastic_ep.core.recovery import TRANSITIONS, Phase, Trigger
-from elastic_ep.sim import planning, tokens
+from elastic_ep.sim import machines, planning, tokens
 from elastic_ep.sim.check import run
-from elastic_ep.sim.process import Process
 from elastic_ep.sim.schedule import Fault, FaultKind, draw
 
 SEEDS = range(300)
@@ -22,8 +22,8 @@ SEEDS = range(300)
 
 @pytest.fixture(autouse=True)
 def _no_plans_from_before(monkeypatch):
-    monkeypatch.setattr(planning, "_plans", planning._plans.copy())
-    planning._plans.clear()
+    for remembered in ("_plans", "_solved"):
+        monkeypatch.setattr(planning, remembered, OrderedDict())
 
 
 def first_found(seeds=SEEDS, change=lambda schedule: schedule):
@@ -90,8 +90,8 @@ def promises_one_rank_more(monkeypatch):
 def forgets_who_streams(monkeypatch):
     real = planning._solve
 
-    def solve(brain, command):
-        plans, reason = real(brain, command)
+    def solve(brain, command, backups):
+        plans, reason = real(brain, command, backups)
         return tuple(replace(plan, streamed={}) for plan in plans), reason
 
     monkeypatch.setattr(planning, "_solve", solve)
@@ -108,12 +108,12 @@ def checks_no_digest(monkeypatch):
             state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest, message.epoch)
         return True
 
-    def read(self, load):
+    def read(world, process, load):
         content = tokens.expert_bytes(load.layer, load.expert)
-        return content ^ self.world.takes_flip(self, load)
+        return content ^ world.takes_flip(process, load.layer, load.expert)
 
     monkeypatch.setattr(epochs, "record_loaded", record_loaded)
-    monkeypatch.setattr(Process, "read", read)
+    monkeypatch.setattr(machines, "read", read)
 
 
 def with_flips(schedule):
