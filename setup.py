@@ -21,6 +21,12 @@ setup(
             optional=True,
         ),
         Extension(
+            "elastic_ep.runtime.weights._digest",
+            ["elastic_ep/runtime/weights/_digest.c"],
+            extra_compile_args=COMPILE_ARGS,
+            optional=True,
+        ),
+        Extension(
             "elastic_ep.core.eplb._native",
             ["elastic_ep/core/eplb/_native.c"],
             depends=[f"elastic_ep/core/eplb/native/{name}.h" for name in ("layer", "pack", "quotas", "refine", "repair", "solve")],

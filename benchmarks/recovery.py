@@ -32,6 +32,8 @@ from elastic_ep.testing.server import ServerProcess
 EP_SIZE, NUM_STREAMS = 4, 4
 ALLOWANCE_MS, FACTOR = 50.0, 1.5
 SURVIVORS = EP_SIZE - 1
+_PEER_EXPERTS = 16
+"""in the memory of the peer that is read from alone: more than a cache holds"""
 
 
 def large_checkpoint(folder: Path) -> Path:
@@ -57,45 +59,65 @@ def large_checkpoint(folder: Path) -> Path:
 # ---- the sources on their own
 
 
+def _reader(kind: str, slots: Any, address: str, places: list[tuple[int, int]], memories: Any) -> Callable[[int, int, Any], object]:
+    """Reads an expert from a source as plainly as can be: no digest, no pieces, memory that is there."""
+    from elastic_ep.runtime.weights import peer
+    from elastic_ep.runtime.weights.host import HostBackup
+
+    if kind == "checkpoint":
+        source = slots.checkpoint
+
+        def read(layer: int, expert: int, memory: Any) -> None:
+            parts = source._layout.views(memory)
+            for piece in source._pieces(layer, expert):
+                into = parts[piece.part].view(-1)[piece.first : piece.first + int(np.prod(piece.shape))]
+                source._reader.read_into(piece.tensor, piece.item, into)
+
+        return read
+    if kind == "host":
+        backup = HostBackup(HostBackup.create(*slots.shape), *slots.shape)
+        for (layer, expert), memory in zip(places, memories, strict=True):
+            backup.write(layer, expert, memory, 0)
+        return lambda layer, expert, memory: np.copyto(memory.numpy(), backup.view(layer, expert))
+    sock = peer.Peers(1, "unix:/none", "token").source(0, {0: address})._connected()  # type: ignore[union-attr]
+
+    def receive(layer: int, expert: int, memory: Any) -> None:
+        sock.sendall(peer._REQUEST.pack(layer, expert))
+        peer._receive(sock, bytearray(peer._LENGTH.size))
+        peer._receive(sock, memory.numpy().data)
+
+    return receive
+
+
 def _read_share(kind: str, checkpoint: str, share: int, count: int, address: str, barrier: Any, seconds: Any) -> None:
-    """One reader: every `SURVIVORS`-th of `count` experts into memory that is there, as slots are."""
+    """One reader: every `SURVIVORS`-th of `count` experts into as many slots, which have been written before."""
     import torch
 
     from elastic_ep.models.engine import ElasticEngine
-    from elastic_ep.runtime.weights.host import HostBackup
-    from elastic_ep.runtime.weights.peer import Peers
+    from elastic_ep.runtime.weights.base import zeroed
 
     torch.set_num_threads(1)
     engine = ElasticEngine(checkpoint, 0, 0, kv_tokens=64)
     engine.load_dense()
     layers, experts, slot_bytes = engine.slots.shape
     places = [divmod(i, experts) for i in range(layers * experts)][share:count:SURVIVORS]
-    memories = torch.ones(len(places), slot_bytes, dtype=torch.uint8)  # as many slots as there are experts, not one that stays in a cache
-    source: Any = engine.slots.checkpoint
-    if kind == "host":
-        fd = HostBackup.create(layers, experts, slot_bytes)
-        source = HostBackup(fd, layers, experts, slot_bytes)
-        for layer, expert in places:
-            source.write(layer, expert, memories[0], 0)
-    elif kind == "peer":
-        source = Peers(1, "unix:/none", "token").source(0, {0: address})
-        places = places[:1] * len(places)
+    memories = zeroed(len(places) * slot_bytes).view(len(places), slot_bytes).fill_(1)
+    read = _reader(kind, engine.slots, address, places, memories)
     barrier.wait()
     started = time.perf_counter()
     for (layer, expert), memory in zip(places, memories, strict=True):
-        source.read(layer, expert, memory)
+        read(layer, expert, memory)
     seconds[share] = time.perf_counter() - started
     barrier.wait()
 
 
 def _peer(address: str, slot_bytes: int) -> None:
-    import torch
-
+    from elastic_ep.runtime.weights.base import zeroed
     from elastic_ep.runtime.weights.peer import PeerServer
 
     server = PeerServer(0, address, "token")
-    memory = torch.ones(slot_bytes, dtype=torch.uint8)
-    server.find = lambda layer, expert: memory
+    memories = zeroed(_PEER_EXPERTS * slot_bytes).view(_PEER_EXPERTS, slot_bytes).fill_(1)
+    server.find = lambda layer, expert: memories[expert % _PEER_EXPERTS]
     server.start()
     signal.pause()
 
