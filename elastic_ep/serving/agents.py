@@ -240,18 +240,12 @@ class Agents:
         asked = len(free) if offer.ranks is None else offer.ranks
         if not seats:
             known = ", ".join(label for label, _ in self._remote.nodes)
-            self._refuse(
-                agent, offer.agent_id, f"the server has no ranks for node {offer.node!r}, it has some for: {known}; check --node", True
-            )
+            self._refuse(agent, offer, f"the server has no ranks for node {offer.node!r}, it has some for: {known}; check --node", True)
         elif asked > len(seats):
-            self._refuse(
-                agent, offer.agent_id, f"node {offer.node!r} has {len(seats)} ranks, --ranks asks for {asked}; ask for fewer", True
-            )
+            self._refuse(agent, offer, f"node {offer.node!r} has {len(seats)} ranks, --ranks asks for {asked}; ask for fewer", True)
         elif not free or asked > len(free):
             taken = len(seats) - len(free)
-            self._refuse(
-                agent, offer.agent_id, f"{taken} of the {len(seats)} ranks of node {offer.node!r} are taken by another agent", False
-            )
+            self._refuse(agent, offer, f"{taken} of the {len(seats)} ranks of node {offer.node!r} are taken by another agent", False)
         else:
             self._refused.pop(offer.agent_id, None)
             return tuple(free[:asked])
