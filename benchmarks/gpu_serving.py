@@ -101,8 +101,8 @@ def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: 
     began = time.monotonic()
     with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
         started = time.monotonic() - began
-        expected, _ = run(server, spec, tokens)
-        expected, _ = run(server, spec, tokens)
+        run(server, spec, tokens)
+        expected, seconds = run(server, spec, tokens)
         if not replicas:
             server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
             time.sleep(5.0)  # pages are registered with the driver after that
@@ -113,7 +113,8 @@ def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: 
             time.sleep(1.0)
         rejoins = [r for r in server.status()["recoveries"] if r["kind"] == "rejoin"]
     lost = spec.num_layers * spec.num_experts // EP_SIZE
-    return {"start_s": started, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins], "experts_of_a_rank": lost}
+    quiet = {"start_s": started, "tokens_per_s": NUM_STREAMS * tokens / seconds}
+    return {**quiet, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins], "experts_of_a_rank": lost}
 
 
 def random_kills(folder: Path, spec: ModelSpec, runs: int) -> dict[str, Any]:

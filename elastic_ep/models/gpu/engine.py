@@ -101,9 +101,11 @@ class DeviceEngine(ElasticEngine):
         counts = self._counts.zero_() if self._count_experts else None
         self._wrong.zero_()  # a void step may have left its mark
         state = DeviceStep(routing, dispatcher, enqueue, step, self._device_slots.tables(), counts, self._wrong)
+        if enqueue is not None:
+            enqueue.begin_step(routing, routing.epoch, step)
         try:
             with torch.inference_mode():
-                logits = self._run(work, state) if enqueue is None else self._enqueue(work, state, enqueue)
+                logits = self._run(work, state)
         except StepVoid as void:
             return void.outcome
         if enqueue is not None and (outcome := enqueue.wait()) is not None:
@@ -111,7 +113,14 @@ class DeviceEngine(ElasticEngine):
         return self._finish(work, logits, counts, routing.epoch)
 
     def _run(self, work: Sequence[SequenceWork], state: DeviceStep) -> torch.Tensor:
-        """Logits float32 [sampled sequences, vocab], on the device."""
+        """Logits float32 [sampled sequences, vocab], on the device. A decode is replayed, if no exchange inside a graph has to wait for an
+        expert that is streamed."""
+        enqueue, size = state.enqueue, DecodeGraphs.size_for(work)
+        is_one_graph = enqueue is not None and self.rank not in state.routing.streamed.values()
+        if size is not None and (is_one_graph or (enqueue is None and size > 0)):
+            kind = "pieces" if enqueue is None else f"whole, split {enqueue.is_split}"
+            self._captured_state = state
+            return self._decode_graphs.prepare(work, size, kind, enqueue is None).replay(state, len(work))
         self._set_state(state)
         if not work:
             return self._device_serve_only()
@@ -119,24 +128,17 @@ class DeviceEngine(ElasticEngine):
         sampled = [int(end) - 1 for item, end in zip(work, ends, strict=True) if item.sample is not None]
         return self._device_forward(self._device_kv.tables(work), sampled)
 
-    def _enqueue(self, work: Sequence[SequenceWork], state: DeviceStep, dispatcher: CudaDispatcher) -> torch.Tensor:
-        """The same without waiting for the device: as a graph if the step is a decode and no expert has to be streamed."""
-        dispatcher.begin_step(state.routing, state.routing.epoch, state.step)
-        size = DecodeGraphs.size_for(work)
-        if size is None or self.rank in state.routing.streamed.values():
-            return self._run(work, state)
+    @property
+    def _decode_graphs(self) -> DecodeGraphs:
         if self._graphs is None:
             width = min(self._device_kv.num_pages, -(-self.spec.max_positions // self._device_kv.page_tokens))
             self._graphs = DecodeGraphs(self._device_kv, width, self.device, self._capture_forward)
-        self._captured_state = state
-        graph = self._graphs.prepare(work, size, dispatcher.is_split)
-        graph.graph.replay()
-        return graph.logits[: len(work)]
+        return self._graphs
 
-    def _capture_forward(self, tables: StepTables, is_real: torch.Tensor) -> torch.Tensor:
+    def _capture_forward(self, tables: StepTables, is_real: torch.Tensor, cut: Any) -> torch.Tensor:
         """What a graph captures. Of the state only tensors at fixed addresses stay in it."""
         assert self._captured_state is not None
-        self._set_state(replace(self._captured_state, is_real=is_real))
+        self._set_state(replace(self._captured_state, is_real=is_real, cut=cut))
         if not len(is_real):
             return self._device_serve_only()
         return self._device_forward(tables, range(len(is_real)))

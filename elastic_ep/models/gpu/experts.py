@@ -25,6 +25,7 @@ class DeviceStep:
         tables: `DeviceSlots.tables()`.
         counts: int64 [L, E] on the device, pairs of this rank's tokens, or None.
         is_real: int64 [T], what each token counts; None: one.
+        cut: while a step is captured: called in place of the exchange.
         wrong: int32 [1] on the device; set when rows came for an expert that no slot holds.
     """
 
@@ -36,6 +37,7 @@ class DeviceStep:
     counts: torch.Tensor | None
     wrong: torch.Tensor
     is_real: torch.Tensor | None = None
+    cut: Callable[[DeviceExperts, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass
@@ -63,9 +65,11 @@ class DeviceExperts:
         if state.counts is not None and len(ids):
             one = torch.ones_like(ids) if state.is_real is None else state.is_real[:, None].expand_as(ids)
             state.counts[self.layer].index_add_(0, ids.view(-1), one.reshape(-1))
-        return self._exchange(hidden.contiguous(), ids, weights, state)
+        x = hidden.contiguous()
+        return self.exchange(x, ids, weights, state) if state.cut is None else state.cut(self, x, ids, weights)
 
-    def _exchange(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, state: DeviceStep) -> torch.Tensor:
+    def exchange(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, state: DeviceStep) -> torch.Tensor:
+        """Dispatch, expert compute and combine. Raises StepVoid."""
         if state.enqueue is not None:
             batch = state.enqueue.enqueue_dispatch(x, ids, weights, self.layer)
             self._compute(batch, state)
