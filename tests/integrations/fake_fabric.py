@@ -65,12 +65,13 @@ class Shape:
 
 
 class Fabric:
-    """Everything that threads share. `alive(rank)` and `drop(rank)` below read and write the caller's mask."""
+    """Everything that threads share. A rank of `busy` is at work for certain, however slow this machine is: no kernel drops it."""
 
     def __init__(self, seed: int):
         self.changed = threading.Condition()
         self.rng = random.Random(seed)
         self.shape: Shape | None = None
+        self.busy: set[int] = set()
 
     def agree(self, shape: Shape) -> None:
         with self.changed:
@@ -112,7 +113,8 @@ class Stream:
 
 @dataclass
 class Kernels:
-    """The calls of one rank. `peers` are the memories it may write to; `heeds` says whether a waiting kernel looks at the mask."""
+    """The calls of one rank. `peers` are the memories it may write to, `alive` and `drop` read and write its mask; `heeds` says whether a
+    waiting kernel looks at that."""
 
     fabric: Fabric
     memory: Memory
@@ -141,7 +143,7 @@ class Kernels:
             while self.alive(rank) or not self.heeds:
                 if half.signals[at]:
                     return True
-                if time.monotonic() - began > self.timeout_s:
+                if time.monotonic() - began > self.timeout_s and rank not in self.fabric.busy:
                     self.drop(rank)
                     return False
                 self.fabric.changed.wait(0.01)

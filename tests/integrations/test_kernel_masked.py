@@ -39,7 +39,7 @@ def run_layer(world: KernelWorld, rank: int, batch: Batch, routing: RoutingTable
 
 
 def run_layers(world: KernelWorld, batches: dict[int, Batch], routing: RoutingTable, at: StepPoint) -> dict[int, Any]:
-    return run_ranks({r: lambda r=r, b=b: run_layer(world, r, b, routing, at) for r, b in batches.items()})
+    return world.run({r: lambda r=r, b=b: run_layer(world, r, b, routing, at) for r, b in batches.items()})
 
 
 def kernel_sum(batch: Batch) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from torch.distributed import HashStore
@@ -11,7 +12,8 @@ from elastic_ep.integrations.kernel_masked import KernelMaskedDispatcher
 from elastic_ep.integrations.mooncake import MooncakeDispatcher
 from elastic_ep.integrations.nixl import NixlDispatcher
 from elastic_ep.integrations.packed import PackedCapacity, Sums
-from tests.integrations.fake_fabric import Fabric, Memory, Stream
+from tests.dispatch.dispatch_world import run_ranks
+from tests.integrations.fake_fabric import Memory, Stream
 from tests.integrations.fake_mooncake import Cluster, FakeMooncake
 from tests.integrations.fake_nixl import FakeNixl
 
@@ -29,8 +31,8 @@ class KernelWorld:
         self.capacity = PackedCapacity(ep_size, sums=SUMS[backend], **sizes)
         self.store = HashStore()
         self.timeout_us = timeout_us
-        self.fabric = Fabric(seed)
         self.cluster = Cluster(ep_size, seed)
+        self.fabric = self.cluster.fabric
         self.memories: dict[bytes, Memory] = {}
         self.ranks: dict[int, KernelMaskedDispatcher] = {}
         self.libraries: dict[int, Any] = {}
@@ -55,6 +57,21 @@ class KernelWorld:
         made.listen()
         self.ranks[rank], self.libraries[rank] = made, library
         return made
+
+    def run(self, bodies: dict[int, Callable[[], Any]]) -> dict[int, Any]:
+        """Run one callable per rank at the same time. Until its own returns, a rank is not late, however slow this machine is."""
+        with self.fabric.changed:
+            self.fabric.busy |= bodies.keys()
+
+        def call(rank: int, body: Callable[[], Any]) -> Any:
+            try:
+                return body()
+            finally:
+                with self.fabric.changed:
+                    self.fabric.busy.discard(rank)
+                    self.fabric.changed.notify_all()
+
+        return run_ranks({rank: lambda rank=rank, body=body: call(rank, body) for rank, body in bodies.items()})
 
     def peers(self, *ranks: int) -> dict[int, str]:
         return {r: self.ranks[r].address for r in ranks}
