@@ -21,7 +21,7 @@ def even_quotas(placement: ExpertPlacement) -> NDArray[np.float64]:
     """float64 [L, P]: every replica of an expert takes the same share; 0 in empty slots."""
     p2l = placement.physical_to_logical_map
     share = 1.0 / np.maximum(placement.logical_replica_count, 1)
-    return np.where(p2l == EMPTY, 0.0, np.take_along_axis(share, np.maximum(p2l, 0), axis=1))
+    return np.where(p2l == EMPTY, 0.0, share[np.arange(len(p2l))[:, None], np.maximum(p2l, 0)])
 
 
 def level_quotas(load: Any, placement: ExpertPlacement, topology: Topology, rounds: int = 32) -> NDArray[np.float64]:
@@ -42,9 +42,17 @@ def rank_loads(load: Any, placement: ExpertPlacement, topology: Topology, quotas
     """float64 [L, ep_size]: tokens that each rank gets; an even split without ``quotas``."""
     weights = as_load(load)
     _check(weights, placement, topology)
+    return sum_by_rank(weights, placement, topology, quotas)
+
+
+def sum_by_rank(
+    weights: NDArray[np.float64], placement: ExpertPlacement, topology: Topology, quotas: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """`rank_loads` of a load that was checked before."""
     share = even_quotas(placement) if quotas is None else quotas
-    tokens = np.take_along_axis(weights, np.maximum(placement.physical_to_logical_map, 0), axis=1) * share
-    index = np.arange(placement.num_layers)[:, None] * topology.ep_size + topology.rank_of_slot
+    layers = np.arange(placement.num_layers)[:, None]
+    tokens = weights[layers, np.maximum(placement.physical_to_logical_map, 0)] * share
+    index = layers * topology.ep_size + topology.rank_of_slot
     summed = np.bincount(index.ravel(), tokens.ravel(), placement.num_layers * topology.ep_size)
     return np.asarray(summed.reshape(placement.num_layers, topology.ep_size), dtype=np.float64)
 

@@ -179,6 +179,9 @@ class World:
         for seat in state.seats:
             if seat.state not in settled and (seat.is_alive or seat.state is SeatState.FENCING or members.may_restart(state, seat)):
                 return f"rank {seat.rank} is {seat.state.value}"
+        for process in self.processes.values():
+            if process.is_alive and not process.is_stopped and not self.brain.expects(process.rank, process.incarnation):
+                return f"process {process.incarnation} of rank {process.rank} was given up, and runs on"
         is_calm = state.change is None and state.next_round is None and not state.restore_due and state.group.phase is Phase.SERVING
         return "" if is_calm or state.group.phase is Phase.REFUSING else f"the group is {state.group.phase.value}, and changes"
 

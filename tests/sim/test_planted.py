@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from elastic_ep.brain import epochs, planner, steps
+from elastic_ep.brain import absence, changes, epochs, members, planner, steps
 from elastic_ep.brain.brain import Brain
+from elastic_ep.brain.events import FailureCause
+from elastic_ep.brain.messages import Installed
 from elastic_ep.brain.requests import RequestTable, Sequence
-from elastic_ep.brain.state import BrainState
+from elastic_ep.brain.state import BrainState, Change
 from elastic_ep.core.placement import SlotContents
 from elastic_ep.core.recovery import TRANSITIONS, Phase, Trigger
 from elastic_ep.sim import machines, planning, tokens
@@ -116,6 +118,114 @@ def checks_no_digest(monkeypatch):
     monkeypatch.setattr(machines, "read", read)
 
 
+def forgets_to_fill_seats_of_a_host_that_is_back(monkeypatch):
+    real = absence.come
+
+    def come(state, event, now):
+        real(state, event, now)
+        for rank in event.ranks:
+            state.seats[rank].restart_at = None
+
+    monkeypatch.setattr(absence, "come", come)
+
+
+def starts_ranks_on_a_host_that_is_away(monkeypatch):
+    def leave(state, event, now):
+        for rank in event.ranks:
+            members.fail(state, rank, FailureCause.AGENT_LOST, event.reason, now)
+            state.seats[rank].absent = event.reason
+
+    monkeypatch.setattr(absence, "leave", leave)
+
+
+def waits_for_a_host_that_does_not_come(monkeypatch):
+    def leave(state, event, now):
+        for rank in event.ranks:
+            state.seats[rank].absent = event.reason
+
+    monkeypatch.setattr(absence, "leave", leave)
+
+
+def believes_a_host_that_is_away(monkeypatch):
+    """What its ranks said before they were given up comes when the cut is healed, and is taken in."""
+
+    def seat(self, rank, incarnation):
+        found = self.seats[rank]
+        return found if found.incarnation == incarnation and (found.is_alive or found.absent) else None
+
+    monkeypatch.setattr(BrainState, "seat", seat)
+
+
+def says_that_any_node_may_go(monkeypatch):
+    real = planner.survives_object
+    monkeypatch.setattr(planner, "survives_object", lambda *a: {**real(*a), "any_node": True})
+
+
+def takes_the_copy_unseen(monkeypatch):
+    """Bytes of the host's copy are taken as they are, and their digest is said to be the one that was wanted."""
+
+    def record_loaded(state, seat, message, now):
+        for slot in message.loaded:
+            state.digests.setdefault((slot.layer, slot.expert), slot.digest)
+            state.contents.record(slot.layer, slot.slot, slot.expert, slot.digest, message.epoch)
+        return True
+
+    real = machines._from_backup
+    monkeypatch.setattr(epochs, "record_loaded", record_loaded)
+    monkeypatch.setattr(
+        machines, "read", lambda world, process, load: (real(world, process, world.machine_of(process.rank), load) or (right(load),))[0]
+    )
+
+
+def right(load):
+    return tokens.expert_bytes(load.layer, load.expert)
+
+
+def tries_again_at_once(monkeypatch):
+    real = changes.postpone
+
+    def postpone(state, reason, now):
+        real(state, reason, now)
+        state.changes_wait_until = None
+
+    monkeypatch.setattr(changes, "postpone", postpone)
+
+
+def counts_a_failed_read_as_done(monkeypatch):
+    """A rank that could not read an expert is taken at its word for all that was ordered."""
+
+    def on_install_failed(state, seat, message, now):
+        if message.error:
+            epochs.on_installed(state, seat, Installed(message.epoch, message.loaded, {}, 0.0), now)
+
+    monkeypatch.setattr(epochs, "on_install_failed", on_install_failed)
+
+
+def leaves_before_the_others_have_its_experts(monkeypatch):
+    """A drained rank goes with the first round of its change."""
+    monkeypatch.setattr(Change, "members", property(lambda self: self.active))
+
+
+def with_hosts(schedule):
+    """Four ranks on two hosts, one of them another's, that is cut off, goes down, or loses its agent."""
+    kind = (FaultKind.CUT_HOST, FaultKind.NODE_DOWN, FaultKind.AGENT_DIES)[schedule.seed % 3]
+    fault = Fault(20 + schedule.seed % 150, kind, 2, seconds=(0.3, 5.0)[schedule.seed % 2])
+    shape = {"ep_size": 4, "nodes": ("a", "a", "b", "b"), "remote": ("b",), "restart": True, "stream": True}
+    return replace(schedule, faults=(fault, *schedule.faults), late_s=(0.01, 1.6)[schedule.seed % 2], **shape)
+
+
+def with_copies(schedule):
+    faults = tuple(Fault(100 + 30 * i, kind, 0, seconds=0.1) for i, kind in enumerate((FaultKind.FLIP_BACKUP, FaultKind.CRASH) * 2))
+    return replace(schedule, has_backup=True, restart=True, faults=faults)
+
+
+def with_failing_disks(schedule):
+    """Fewer slots than it takes to keep two of each, so that ranks read from the disk."""
+    faults = (Fault(90, FaultKind.CRASH, 1), *(Fault(91, FaultKind.DISK_FAILS, rank, seconds=2.0) for rank in range(schedule.ep_size)))
+    slots = -(-schedule.num_experts // max(1, schedule.ep_size - 1))
+    return replace(schedule, restart=True, has_backup=False, slots_per_rank=slots, faults=faults)
+
+
 def with_flips(schedule):
     return replace(schedule, faults=(*(Fault(5, FaultKind.FLIP_READ, rank) for rank in range(schedule.ep_size)), *schedule.faults))
 
@@ -124,10 +234,21 @@ def losing_two_while_loading(schedule):
     """Ranks with a few slots, one more failure while the first one's experts are being loaded."""
     faults = (Fault(60 + schedule.seed % 60, FaultKind.CRASH, 4), Fault(61, FaultKind.CRASH, schedule.seed % 4, phase="installing"))
     shape = {"ep_size": 5, "slots_per_rank": 3, "num_layers": 2, "num_experts": 11, "restart": False, "stream": True, "is_local": True}
+    shape |= {"nodes": (), "remote": (), "spread": "rank"}
     return replace(schedule, faults=faults, plan_s=0.0, read_s=0.004, **shape)
 
 
-CHANGES = {"checks_no_digest": with_flips, "counts_on_slots_being_overwritten": losing_two_while_loading}
+CHANGES = {
+    "checks_no_digest": with_flips,
+    "counts_on_slots_being_overwritten": losing_two_while_loading,
+    "forgets_to_fill_seats_of_a_host_that_is_back": with_hosts,
+    "starts_ranks_on_a_host_that_is_away": with_hosts,
+    "waits_for_a_host_that_does_not_come": with_hosts,
+    "believes_a_host_that_is_away": with_hosts,
+    "takes_the_copy_unseen": with_copies,
+    "tries_again_at_once": with_failing_disks,
+    "counts_a_failed_read_as_done": with_failing_disks,
+}
 PLANTED = [
     (1, "same_tokens", counts_on_lost_kv),
     (2, "exactly_once", commits_at_the_first_answer),
@@ -139,6 +260,15 @@ PLANTED = [
     (7, "right_or_refused", forgets_who_streams),
     (7, "any_rank_may_die", counts_on_slots_being_overwritten),
     (8, "verified_bytes", checks_no_digest),
+    (3, "any_rank_may_die", believes_a_host_that_is_away),
+    (4, "bounded_waits", forgets_to_fill_seats_of_a_host_that_is_back),
+    (4, "bounded_waits", starts_ranks_on_a_host_that_is_away),
+    (4, "bounded_waits", waits_for_a_host_that_does_not_come),
+    (4, "bounded_waits", tries_again_at_once),
+    (5, "any_rank_may_die", counts_a_failed_read_as_done),
+    (6, "declared_survivability", says_that_any_node_may_go),
+    (7, "right_or_refused", leaves_before_the_others_have_its_experts),
+    (8, "verified_bytes", takes_the_copy_unseen),
 ]
 
 

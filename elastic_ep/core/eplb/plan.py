@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.core.placement import EMPTY, ExpertPlacement
-from elastic_ep.core.quotas import balance_of, level_quotas, rank_loads
+from elastic_ep.core.quotas import balance_of, level_quotas, sum_by_rank
 from elastic_ep.core.topology import Topology
 
 
@@ -154,7 +154,7 @@ class PlacementPlan:
         return np.flatnonzero(self._asked.alive & ((np.asarray(self._asked.topology.slots_per_rank) > 0) | self.is_degraded))
 
     def _balance(self, quotas: NDArray[np.float64] | None) -> float:
-        loads = rank_loads(self._asked.weights, self.placement, self._asked.topology, quotas)
+        loads = sum_by_rank(self._asked.weights, self.placement, self._asked.topology, quotas)
         for (layer, expert), rank in self.streamed.items():
             loads[layer, rank] += self._asked.weights[layer, expert]
         return balance_of(loads, self._ranks)
