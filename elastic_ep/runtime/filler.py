@@ -83,6 +83,8 @@ class Filler:
             self._held.pop(key, None)
             digest = self._slots.adopt(self._place(load))
             if digest is None:
+                if held is not None:
+                    self._held[key] = held  # until it is overwritten
                 return False
             held = self._held[key] = (load.expert, digest)
         self._faults.reach("load_expert")

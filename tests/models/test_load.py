@@ -247,3 +247,35 @@ def test_peak_memory(tmp_path: Path) -> None:
         print(f"{folder.name}: peak {peak >> 20} MiB, share {share >> 20} MiB, checkpoint {spec.total_bytes >> 20} MiB")
         assert spec.total_bytes > 4 * share
         assert share * 0.95 < peak < share * 1.1
+
+
+def test_staged_memory_is_used_again(checkpoint: Callable[..., Path]) -> None:
+    """A slot that adopts an expert gives its memory to the next staging; what is dropped is used again, too."""
+    slots = World(checkpoint("mixtral"), [[0, 1], [0, 1], [0, 1]]).engine.slots
+    buffers = lambda: {id(buffer.memory) for layer in slots._slots for buffer in layer} | {id(buffer.memory) for buffer in slots._free}  # noqa: E731
+    first = slots.slot_bytes(1, 0)
+    slots.stage(SlotLoad(1, 0, 4))
+    known = buffers() | {id(slots._staged[1, 0].buffer.memory)}
+    assert slots.find(1, 4) is None
+    assert slots.adopt(SlotLoad(1, 0, 4)) is not None
+    assert slots.find(1, 4) is slots._slots[1][0].weights
+    assert slots.find(1, 0) is None
+    assert any(buffer.memory is first for buffer in slots._free)
+    for expert in range(6):
+        slots.stage(SlotLoad(1, 0, expert))
+    assert slots.adopt(SlotLoad(1, 0, 3)) is None, "another expert was staged for it"
+    slots.stage(SlotLoad(2, 1, 5))
+    slots.drop_staged()
+    assert buffers() == known
+    assert slots.find(1, 4) is slots._slots[1][0].weights
+
+
+def test_the_lowest_slot_serves(checkpoint: Callable[..., Path]) -> None:
+    slots = World(checkpoint("mixtral"), [[2, 1, 2], [0, 0, 0], [0, 1, 2]]).engine.slots
+    weights = lambda slot: slots._slots[0][slot].weights  # noqa: E731
+    assert slots.find(0, 2) is weights(0)
+    slots.load(SlotLoad(0, 0, 1))
+    assert (slots.find(0, 2), slots.find(0, 1)) == (weights(2), weights(0))
+    slots.load(SlotLoad(0, 2, 5))
+    assert slots.find(0, 2) is None
+    assert (slots.find(0, 1), slots.find(0, 5)) == (weights(0), weights(2))
