@@ -381,12 +381,14 @@ class KernelMaskedDispatcher(abc.ABC):
             self._finish()
 
     def _clear_buffers(self) -> None:
-        """Rule 3: a pair with nobody else."""
+        """Rule 3: a pair with nobody else. As wide as the real ones, since Mooncake compiles its kernels when they are first asked for."""
         self._mask_others()
         none = torch.empty((0, self.capacity.hidden), dtype=torch.bfloat16, device=self.device)
-        ids = torch.empty((0, 1), dtype=torch.int64, device=self.device)
+        width = self.capacity.top_k // self.capacity.messages_per_token
+        ids = torch.empty((0, width), dtype=torch.int64, device=self.device)
+        weights = torch.empty((0, width), dtype=torch.float32, device=self.device)
         packed = self._run_dispatch(none, ids)
-        self._run_combine(self._output_buffer(), ids, torch.empty((0, 1), dtype=torch.float32, device=self.device), packed)
+        self._run_combine(self._output_buffer(), ids, weights, packed)
         self._finish()
 
     def _mask_others(self) -> None:
