@@ -44,6 +44,9 @@ def consider(state: BrainState, now: float) -> None:
         assert state.change.plan is not None
         _stage(state, state.change, state.change.plan, now)
         return
+    is_asked = state.operation is not None or state.restore_due or state.rebalance_due
+    if not is_asked and not any(seat.state is SeatState.READY for seat in state.seats):
+        return  # as nearly always: this is asked after every event of a group without a step
     operations.grow(state, now)
     ready = [s.rank for s in state.seats if s.state is SeatState.READY and not state.membership.is_active(s.rank)]
     joiners = tuple(rank for rank in ready if not operations.is_held_back(state, rank))

@@ -23,6 +23,7 @@ class LoadRecorder:
         self._window_s = window_s
         self._current = np.zeros(self._shape, dtype=np.int64)
         self._ends = now + window_s
+        self._has_counts = False
         self.windows: deque[tuple[float, NDArray[np.int64]]] = deque(maxlen=windows_kept)
 
     def add(self, counts: bytes, now: float) -> None:
@@ -36,12 +37,15 @@ class LoadRecorder:
                 self._current = np.zeros(self._shape, dtype=np.int64)
             self._ends = now + self._window_s
         self._current += reported.reshape(self._shape)
+        self._has_counts = True
 
     def recent(self) -> NDArray[np.float64] | None:
         """float64 [L, E] tokens of the newest windows, the unfinished one among them; None before anything was reported.
 
         A layer that nobody has used yet counts as evenly used.
         """
+        if not self._has_counts:
+            return None
         newest = [counts for _, counts in list(self.windows)[1 - WINDOWS_USED :]]
         total = sum(newest, self._current).astype(np.float64)
         if not total.any():

@@ -72,11 +72,11 @@ def run(schedule: Schedule, *, with_trace: bool = False, with_digest: bool = Tru
 def drive(world: World) -> None:
     """Until it is over, or until it should be. Raises Violation, or whatever the brain raised."""
     timeline, healed_at = world.timeline, None
-    while not world.is_over and timeline.happened < MAX_EVENTS:
-        if not world.step() or world.stopped is not None:
-            break
+    while timeline.happened < MAX_EVENTS and world.step() and world.stopped is None:
+        if not world.is_past_schedule:
+            continue
         if healed_at is None:
-            healed_at = timeline.now if world.is_past_faults else None
-        elif timeline.now > healed_at + PATIENCE_S:
+            healed_at = timeline.now
+        if world.is_over or timeline.now > healed_at + PATIENCE_S:
             break
     predicates.check_end(world, PATIENCE_S)

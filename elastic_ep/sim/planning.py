@@ -32,7 +32,7 @@ def answer(brain: Brain, command: ev.MakePlan, backups: Backups) -> ev.Planned:
     asked = (state.settings.plan, command.active, command.change is None, command.leaving)
     key = (*asked, *where, contents.tobytes(), contents.shape, None if load is None else load.tobytes())
     if key not in _plans:
-        _remember(_plans, key, _solve(brain, command, backups))
+        _remember(_plans, key, _solve(brain, command, load, backups))
     _plans.move_to_end(key)
     plans, reason = _plans[key]
     if not plans:
@@ -40,9 +40,9 @@ def answer(brain: Brain, command: ev.MakePlan, backups: Backups) -> ev.Planned:
     return ev.Planned(command.epoch, plans[0], change=command.change, then=plans[1:])
 
 
-def _solve(brain: Brain, command: ev.MakePlan, backups: Backups) -> tuple[tuple[ev.GroupPlan, ...], str]:
+def _solve(brain: Brain, command: ev.MakePlan, load: NDArray[np.float64] | None, backups: Backups) -> tuple[tuple[ev.GroupPlan, ...], str]:
     state = brain.state
-    arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, state.load.recent(), backups)
+    arguments = (state.settings.plan, topology_of(brain), command.active, state.contents.experts, load, backups)
     try:
         if command.change is None:
             return (planner.plan(*arguments, solver=solve),), ""

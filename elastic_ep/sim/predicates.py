@@ -11,7 +11,7 @@ from typing import Any
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import members, operations
-from elastic_ep.brain.messages import RunStep, StepDone
+from elastic_ep.brain.messages import Install, RunStep, StepDone
 from elastic_ep.brain.seats import SeatState
 from elastic_ep.core.placement import EMPTY
 from elastic_ep.core.recovery import Phase
@@ -72,6 +72,7 @@ def _check_steps(world: World, heard: Heard) -> None:
     if isinstance(event, ev.RankSaid) and isinstance(event.message, StepDone):
         done = event.message
         world.answered.setdefault((done.epoch, done.step), set()).add((event.rank, event.incarnation))
+    seats = world.brain.state.seats
     for command in heard.commands:
         if isinstance(command, ev.StepCommitted):
             if done is None or done.step != command.step:
@@ -82,7 +83,7 @@ def _check_steps(world: World, heard: Heard) -> None:
             require(command.step not in world.committed, "exactly_once", f"step {command.step} committed twice")
             world.committed.add(command.step)
         elif isinstance(command, ev.Send) and isinstance(command.message, RunStep):
-            process = (command.rank, world.brain.state.seats[command.rank].incarnation)
+            process = (command.rank, seats[command.rank].incarnation)
             world.ordered.setdefault((command.message.epoch, command.message.step), set()).add(process)
 
 
@@ -216,9 +217,10 @@ def declared_survivability(world: World) -> None:
                 how = f"said to survive any {said.any_ranks}{' and any node' * said.any_node}; losing {sorted(gone)} does not"
                 raise Violation("declared_survivability", how)
         for command in heard.commands:
-            if isinstance(command, ev.Send) and type(command.message).__name__ == "Install":
-                world.declared = NOTHING
-            elif isinstance(command, ev.Publish) and command.kind == "installed":
+            if isinstance(command, ev.Send):
+                if isinstance(command.message, Install):
+                    world.declared = NOTHING
+            elif heard.has_installed and isinstance(command, ev.Publish) and command.kind == "installed":
                 assert state.plan is not None
                 says = state.plan.survives
                 world.declared = Declared(int(says["any_ranks"]), bool(says["any_node"]), frozenset(world.members))
@@ -363,9 +365,10 @@ def check(world: World) -> None:
             predicate(world)
         world.judged = now
         return
-    if not heard.is_beat:
-        exactly_once(world)
+    if heard.fingerprint is not None:
         one_epoch(world)
+    if isinstance(heard.event.message, StepDone):
+        exactly_once(world)
     bounded_waits(world)
 
 

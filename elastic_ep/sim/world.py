@@ -133,7 +133,7 @@ class World:
         self._faults = deque(sorted(schedule.faults, key=lambda f: f.after))
         self._orders = deque(sorted(schedule.orders, key=lambda o: o.after))
         self._cancels: list[tuple[int, str]] = []
-        self._next_at = 0
+        self._find_next()
         self.machines = {name: Machine(name, schedule.has_backup) for name in (HERE, *schedule.remote)}
         self.hosts = hosts_of(self, self.machines)
         """rank -> its host, for seats of other hosts"""
@@ -163,7 +163,7 @@ class World:
     @property
     def is_over(self) -> bool:
         """Every fault and request has been, and nothing is left to wait for."""
-        if self._faults or self._requests or self._cancels or self._orders or self.operation_runs:
+        if not self.is_past_schedule or self.operation_runs:
             return False
         return all(c.finish or c.is_cancelled for c in self.clients.values()) and self.unsettled() == ""
 
@@ -192,8 +192,9 @@ class World:
         return state.operation is not None and self.stopped is None and state.group.phase not in (Phase.REFUSING, Phase.DOWN)
 
     @property
-    def is_past_faults(self) -> bool:
-        return not self._faults and not self._requests and not self._orders
+    def is_past_schedule(self) -> bool:
+        """Everything that the schedule names has begun."""
+        return self._next_at == NEVER
 
     def close(self) -> None:
         """Break the references that run in circles, so that all of it is freed at once and not by the collector. No use afterwards."""
@@ -205,7 +206,7 @@ class World:
         """One event. False when there is none, which no world with a living process reaches."""
         is_due = self.timeline.happened >= self._next_at and self._take_scheduled(self.timeline.happened)
         if not is_due and not self.timeline.step():
-            if not (self._requests or self._faults or self._cancels or self._orders):
+            if self.is_past_schedule:
                 return False
             self.timeline.happened += 1
         if self.heard or self.facts:

@@ -92,8 +92,8 @@ def promises_one_rank_more(monkeypatch):
 def forgets_who_streams(monkeypatch):
     real = planning._solve
 
-    def solve(brain, command, backups):
-        plans, reason = real(brain, command, backups)
+    def solve(*arguments):
+        plans, reason = real(*arguments)
         return tuple(replace(plan, streamed={}) for plan in plans), reason
 
     monkeypatch.setattr(planning, "_solve", solve)
