@@ -95,8 +95,9 @@ def grow(state: BrainState, now: float) -> None:
 
 
 def _add_seats(state: BrainState, count: int, now: float) -> tuple[int, ...]:
-    """Fill retired seats again, the lowest first, then make new ones with as many slots as the last seat, on the first one's host."""
-    added = [seat.rank for seat in state.seats if seat.state is SeatState.RETIRED][:count]
+    """Fill retired seats again whose host is here, the lowest first, then make new ones with as many slots as the last seat, on the first
+    one's host."""
+    added = [seat.rank for seat in state.seats if seat.state is SeatState.RETIRED and not seat.absent][:count]
     missing = count - len(added)
     if missing > 0:
         topology, old = state.topology, len(state.seats)

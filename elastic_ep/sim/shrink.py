@@ -27,6 +27,12 @@ def shrink(schedule: Schedule, predicate: str, fails: Callable[[Schedule], str] 
     return schedule
 
 
+def with_ranks(schedule: Schedule, ep_size: int) -> Schedule:
+    """The same with fewer ranks; what named other nodes does so no more."""
+    nodes = schedule.nodes[:ep_size]
+    return replace(schedule, ep_size=ep_size, nodes=nodes, remote=tuple(label for label in schedule.remote if label in nodes))
+
+
 def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     """Simpler schedules, the boldest first."""
     faults, requests = schedule.faults, schedule.requests
@@ -37,8 +43,19 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
     for i in range(len(schedule.orders)):
         yield replace(schedule, orders=schedule.orders[:i] + schedule.orders[i + 1 :])
     if schedule.ep_size > 1:
-        yield replace(schedule, ep_size=schedule.ep_size - 1)
-    for change in ({"num_layers": 1}, {"loss": 0.0}, {"plan_s": 0.0}, {"staging_slots": 1024}, {"is_local": True}, {"rebalance_s": 0.0}):
+        yield with_ranks(schedule, schedule.ep_size - 1)
+    for change in (
+        {"remote": ()},
+        {"has_backup": False},
+        {"spread": "rank"},
+        {"late_s": 0.01},
+        {"num_layers": 1},
+        {"loss": 0.0},
+        {"plan_s": 0.0},
+        {"staging_slots": 1024},
+        {"is_local": True},
+        {"rebalance_s": 0.0},
+    ):
         if any(getattr(schedule, name) != value for name, value in change.items()):
             yield replace(schedule, **change)
     for i, request in enumerate(requests):

@@ -89,3 +89,12 @@ def test_a_rank_is_drained_that_has_just_died():
     schedule = replace(PLAIN, ep_size=4, slots_per_rank=2, restart=False, is_local=False, read_s=0.006, faults=faults)
     outcome = run(replace(schedule, seed=7053645, orders=(Order(84, True, 1, "move"),)))
     assert not outcome.predicate, outcome
+
+
+def test_a_seat_of_a_host_that_is_away_is_not_filled_again():
+    """Growing filled a retired seat whose host was away: no process could come, and the operation failed at the boot timeout."""
+    nodes = {"nodes": ("a", "b", "b", "b"), "remote": ("b",)}
+    orders = (Order(55, False, 3, "move"), Order(78, False, 6, "move"))
+    faults = (Fault(9, FaultKind.NODE_DOWN, 3, seconds=5.0),)
+    schedule = replace(PLAIN, ep_size=4, slots_per_rank=4, read_s=0.006, requests=LONG[:1], orders=orders, faults=faults, **nodes)
+    keeps_all_promises(schedule)
