@@ -194,23 +194,25 @@ class _Layer:
         ranks = rank_of_slot.tolist()
         self.slots: dict[int, list[int]] = {}
         self.keeps: dict[int, set[int]] = {}
-        self.homes: dict[int, set[int]] = {}
+        self.homes: dict[int, list[int]] = {}
         self.count = Counter(self.held)
         for slot, rank in enumerate(ranks):
             self.slots.setdefault(rank, []).append(slot)
             if self.wanted[slot] != EMPTY:
                 self.keeps.setdefault(rank, set()).add(self.wanted[slot])
-                self.homes.setdefault(self.wanted[slot], set()).add(rank)
+                homes = self.homes.setdefault(self.wanted[slot], [])
+                if rank not in homes:
+                    homes.append(rank)
 
     def has(self, rank: int, expert: int) -> bool:
         return any(self.held[s] == expert for s in self.slots[rank])
 
     def missing(self) -> list[tuple[int, int]]:
         """(expert, rank) that is still to be brought."""
-        return [(e, r) for e, ranks in sorted(self.homes.items()) for r in sorted(ranks) if not self.has(r, e)]
+        return [(e, r) for e, ranks in sorted(self.homes.items()) for r in ranks if not self.has(r, e)]
 
-    def slot_to_give(self, rank: int, expert: int, used: set[int], free_only: bool, lent: Counter[int]) -> int:
-        """The slot of ``rank`` that ``expert`` may take: a free one first, of those the one it is meant for; -1: none.
+    def slot_to_give(self, rank: int, expert: int, used: set[int], free_only: bool, lent: Counter[int]) -> int | None:
+        """The slot of ``rank`` that ``expert`` may take: a free one first, of those the one it is meant for.
 
         A slot can be given up if it is empty or holds what its rank is not to keep, or has twice. It is free if nobody is to keep what it
         holds or another replica stays (``lent``: replicas that this round overwrites, less those that it brings).
@@ -223,7 +225,7 @@ class _Layer:
             is_free = mine not in self.homes or self.count[mine] - lent[mine] > 1
             if is_free or not free_only:
                 options.append((not is_free, self.wanted[slot] != expert, slot))
-        return min(options)[2] if options else -1
+        return min(options)[2] if options else None
 
 
 @dataclass
@@ -255,7 +257,7 @@ class _Planner:
         self.bytes_by_kind: Counter[SourceKind] = Counter()
 
     def run(self, in_place: bool) -> tuple[list[Round], int]:
-        """All rounds, and how many of them are for coverage."""
+        """All rounds, and how many of them are for coverage. Lost experts come first, then those with the fewest replicas."""
         rounds = []
         first = self._cover_in_place() if in_place else _Draft()
         if first.writes:
@@ -283,9 +285,9 @@ class _Planner:
         draft = _Draft()
         for index, layer in enumerate(self.layers):
             lent, used = draft.lent.setdefault(index, Counter()), set[int]()
-            for expert in sorted(e for e in layer.homes if not layer.count[e]):
-                found = [(layer.slot_to_give(r, expert, used, True, lent), r) for r in sorted(layer.homes[expert])]
-                options = [(layer.wanted[s] != expert, draft.incoming[r], s, r) for s, r in found if s >= 0]
+            for expert in [e for e in layer.homes if not layer.count[e]]:
+                found = [(layer.slot_to_give(r, expert, used, True, lent), r) for r in layer.homes[expert]]
+                options = [(layer.wanted[s] != expert, draft.incoming[r], s, r) for s, r in found if s is not None]
                 if not options:
                     continue
                 _, _, slot, rank = min(options)
@@ -309,13 +311,13 @@ class _Planner:
         path: list[tuple[int, int, int]] = []  # (slot, expert, rank)
         while True:
             slot = layer.slot_to_give(rank, expert, used, False, lent)
-            if slot < 0:
+            if slot is None:
                 return
             path.append((slot, expert, rank))
             displaced = layer.held[slot]
             if displaced not in layer.homes or layer.count[displaced] - lent[displaced] > 1:
                 break
-            homes = [r for r in sorted(layer.homes[displaced]) if not layer.has(r, displaced)]
+            homes = layer.homes[displaced]
             on_path = [i for i, step in enumerate(path) if step[2] in homes]
             if on_path:
                 start = on_path[-1]
@@ -325,7 +327,7 @@ class _Planner:
             free = [r for r in homes if draft.incoming[r] < self.staging_slots]
             if not free:
                 return
-            expert, rank = displaced, min(free, key=lambda r: (draft.incoming[r], r))
+            expert, rank = displaced, min(free, key=lambda r: draft.incoming[r])
         for slot, moved, to in path:
             self._write(draft, index, slot, moved, to, used)
 

@@ -108,3 +108,20 @@ def test_a_second_failure_starts_the_walk_again_and_keeps_the_first_sign():
     status = record.as_status()
     assert status["detect_ms"] == 500.0
     assert [status[name] for name in ("agree_ms", "plan_ms", "move_ms", "resume_ms", "stall_ms")] == [None] * 5
+
+
+def test_a_planned_change_is_installed_without_fencing():
+    assert walk(group(Phase.SERVING), Trigger.CHANGE_STAGED) == [Phase.INSTALLING]
+
+
+def test_after_fencing_a_plan_is_made_or_refused():
+    assert walk(group(Phase.FENCING), Trigger.FENCED, Trigger.TOO_FEW_SLOTS) == [Phase.PLANNING, Phase.REFUSING]
+
+
+def test_a_group_that_refuses_waits_for_ranks_and_loses_no_more_by_failures():
+    phases = walk(group(Phase.REFUSING), Trigger.RANK_FAILED, Trigger.RANKS_READY)
+    assert phases == [Phase.REFUSING, Phase.PLANNING]
+
+
+def test_a_rank_that_fails_while_the_group_boots_is_not_waited_for():
+    assert walk(group(), Trigger.RANK_FAILED, Trigger.RANKS_READY) == [Phase.BOOTING, Phase.PLANNING]

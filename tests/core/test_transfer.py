@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -198,6 +199,8 @@ def test_times_follow_the_links():
     ("change", "message"),
     [
         ({"contents": np.zeros((1, 3))}, "do not belong together"),
+        ({"contents": np.zeros((2, 2))}, "do not belong together"),
+        ({"topology": Topology((1, 2))}, "do not belong together"),
         ({"staging_slots": 0}, "staging_slots is 0"),
         ({"active_ranks": [1, 0]}, "puts expert 1 of layer 0 into slot 1 of a dead rank"),
     ],
@@ -303,6 +306,49 @@ def test_a_chain_that_runs_into_a_ring_leaves_it_to_turn_alone():
     plan = plan_transfer(contents, target, topology, [1, 1, 1])
     execute(plan, contents, target, topology, [1, 1, 1], ("0", "1", "2"), 1)
     assert [(c.rank, c.slot, c.expert) for c in plan.rounds[0].copies] == [(1, 1, 3), (2, 3, 2)]
+
+
+def test_an_expert_that_a_chain_brings_is_not_brought_again():
+    """The other order: making room for expert 0 in rank 0 sends expert 1 to rank 1, which was to get it anyhow and has room for two."""
+    topology = Topology((1, 4))
+    contents, target = np.array([[1, 0, 2, -1, -1]]), placement([[0, 0, 2, 1, -1]], 3)
+    plan = plan_transfer(contents, target, topology, [1, 1], staging_slots=2)
+    assert [[(c.slot, c.expert) for c in step.copies] for step in plan.rounds] == [[(0, 0), (3, 1)]]
+
+
+def test_replicas_that_are_too_many_go_in_one_round():
+    topology = Topology((1, 1, 1, 2))
+    plan = plan_transfer(np.array([[0, 0, 0, 1, 2]]), placement([[1, 2, 0, 1, 2]], 3), topology, [1] * 4)
+    assert [[(c.rank, c.expert) for c in step.copies] for step in plan.rounds] == [[(0, 1), (1, 2)]]
+
+
+def test_what_is_lost_or_rare_comes_first():
+    # Rank 2 takes one expert at a time: 2, which is nowhere, then 1, which has one replica, then 0, which has two.
+    topology = Topology((2, 2, 3))
+    contents, target = np.array([[0, 1, 0, -1, -1, -1, -1]]), placement([[0, 1, 0, -1, 0, 1, 2]], 3)
+    plan = plan_transfer(contents, target, topology, [1, 1, 1], in_place=False)
+    assert [[c.expert for c in step.copies] for step in plan.rounds] == [[2], [1], [0]]
+    assert plan.num_coverage_rounds == 1
+
+
+def test_lost_experts_are_dealt_out():
+    # Both ranks are to hold both lost experts: before serving goes on, each loads one.
+    topology = Topology((2, 2))
+    plan = plan_transfer(np.full((1, 4), -1), placement([[0, 1, 0, 1]], 2), topology, [1, 1])
+    assert [(c.slot, c.expert) for c in plan.rounds[0].copies] == [(0, 0), (3, 1)]
+    assert plan.num_coverage_rounds == 1
+
+
+def test_without_a_size_bytes_count_copies():
+    plan = plan_transfer(np.array([[0, -1]]), placement([[0, 0]], 1), Topology((1, 1)), [1, 1])
+    assert plan.bytes_by_kind == {SourceKind.OTHER_NODE: 1}
+
+
+def test_plans_are_not_edited():
+    plan = plan_transfer(np.array([[0, -1]]), placement([[0, 0]], 1), Topology((1, 1)), [1, 1])
+    for record, name in ((plan, "seconds"), (plan.rounds[0], "seconds")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, 0.0)
 
 
 @st.composite
