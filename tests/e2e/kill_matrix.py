@@ -39,7 +39,7 @@ NUM_STREAMS = 3
 """fewer than ranks, so that one is nobody's home"""
 NUM_TOKENS = 64
 CELL_TIMEOUT_S = 40.0
-CELLS_PER_SERVER = 60
+CELLS_PER_SERVER = 40
 ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", "2")
 START_TIMEOUTS_S = (6, 12, 30)
 """for a process to be ready: tried one after the other until a server starts, as imports take longer on a busy machine"""
@@ -300,14 +300,21 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
                     break
 
 
+def shares_of(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that share a server, those of each setting spread evenly: agents take long to start, others can go on meanwhile."""
+    placed: list[tuple[float, list[Cell]]] = []
+    for setting in (Setting.AGENTS, Setting.BACKUP, Setting.PLAIN):
+        mine = [cell for cell in cells if cell.setting is setting]
+        placed += [(start / len(mine), mine[start : start + CELLS_PER_SERVER]) for start in range(0, len(mine), CELLS_PER_SERVER)]
+    return [share for _, share in sorted(placed, key=lambda item: item[0])]
+
+
 def run_all(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int, jobs: int) -> Iterator[Outcome]:
-    """Run cells of any settings, on `jobs` servers at once, the settings that take longest first."""
+    """Run cells of any settings, on `jobs` servers at once."""
     os.environ["PYTHONFAULTHANDLER"] = "1"  # for `last_words`
     shares: queue.Queue[list[Cell]] = queue.Queue()
-    for setting in (Setting.AGENTS, Setting.BACKUP, Setting.PLAIN):
-        of_setting = [cell for cell in cells if cell.setting is setting]
-        for start in range(0, len(of_setting), CELLS_PER_SERVER):
-            shares.put(of_setting[start : start + CELLS_PER_SERVER])
+    for share in shares_of(cells):
+        shares.put(share)
     outcomes: queue.Queue[Outcome | BaseException | None] = queue.Queue()
     is_over = threading.Event()
 
