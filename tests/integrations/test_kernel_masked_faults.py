@@ -338,3 +338,31 @@ def test_who_gives_up_sends_nothing_that_could_be_taken_for_outputs(make_kernel_
     for rank in (1, 2):
         assert isinstance(outcomes[rank], PeerFailed)
         assert 0 in outcomes[rank].peers
+
+
+def test_a_late_proposal_does_not_throw_out_the_seats_new_process(make_kernel_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_kernel_world("mooncake", 3)
+    start(world, 0, 1, 2)
+    world.start(2)
+    slow, quick = world.libraries[0].pg, world.libraries[1].pg
+    quick_is_ahead = threading.Event()
+    deactivate, recover, meet = slow.deactivate_ranks, quick.recover_ranks, world.ranks[1]._meet
+
+    def deactivate_late(*args: Any) -> None:
+        assert quick_is_ahead.wait(CONNECT_S)
+        deactivate(*args)
+
+    def recover_and_tell(*args: Any) -> None:
+        recover(*args)
+        quick_is_ahead.set()
+
+    def meet_and_tell(place: str, *args: Any) -> Any:
+        if place == "left":
+            quick_is_ahead.set()
+        return meet(place, *args)
+
+    monkeypatch.setattr(slow, "deactivate_ranks", deactivate_late)
+    monkeypatch.setattr(quick, "recover_ranks", recover_and_tell)
+    monkeypatch.setattr(world.ranks[1], "_meet", meet_and_tell)
+    assert connect(world, 0, 1, 2) == dict.fromkeys(range(3))
+    run_steps(world, [0, 1, 2], 2, count=1)
