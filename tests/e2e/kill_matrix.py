@@ -39,6 +39,8 @@ NUM_STREAMS = 3
 """fewer than ranks, so that one is nobody's home"""
 NUM_TOKENS = 64
 CELL_TIMEOUT_S = 40.0
+AGENTS_TIMEOUT_S = 120.0
+"""for a cell with agents: a busy machine takes long to import what the next spare agent needs"""
 CELLS_PER_SERVER = 40
 ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", "2")
 START_TIMEOUTS_S = (6, 12, 30)
@@ -69,6 +71,7 @@ class Matrix:
         self.file = fault_file
         self.rng = random.Random(seed)
         self.hosts, self.backup = hosts, backup
+        self.timeout_s = CELL_TIMEOUT_S if hosts is None else AGENTS_TIMEOUT_S
         self.prompts = [[self.rng.randrange(160) for _ in range(self.rng.randint(1, 40))] for _ in range(NUM_STREAMS)]
         self.reference: list[Event] = []
         self.cells_run = 0
@@ -91,7 +94,7 @@ class Matrix:
 
     async def prepare(self) -> None:
         history = History()
-        await self.when(is_whole, CELL_TIMEOUT_S)
+        await self.when(is_whole, self.timeout_s)
         await self.streams(history, reference=True)
         self.reference = history.events
 
@@ -100,16 +103,16 @@ class Matrix:
         problems: list[str] = []
         history = History()
         try:
-            await asyncio.wait_for(self._run(cell, history, problems), CELL_TIMEOUT_S)
+            await asyncio.wait_for(self._run(cell, history, problems), self.timeout_s)
         except (TimeoutError, ElasticEPError, httpx.HTTPError) as error:
-            problems.append(f"not over in time: {type(error).__name__}: {error or CELL_TIMEOUT_S}")
+            problems.append(f"not over in time: {type(error).__name__}: {error or self.timeout_s}")
         verdict = judge([*self.reference, *history.events])
         problems += [str(violation) for violation in verdict.violations]
         return Outcome(cell, time.monotonic() - started, problems, verdict.longest_gap_s)
 
     async def _run(self, cell: Cell, history: History, problems: list[str]) -> None:
         self.cells_run += 1
-        before = await self.when(is_whole, CELL_TIMEOUT_S)
+        before = await self.when(is_whole, self.timeout_s)
         wave = asyncio.create_task(self.streams(history))
         running = await self.when(lambda s: len(homes_of(s)) >= NUM_STREAMS - 1 or wave.done(), 10)
         cast = cast_of(cell, homes_of(running) or [1], lives(before), self.rng)
@@ -135,7 +138,7 @@ class Matrix:
                 self.backup.empty()
                 await asyncio.sleep(0.05)
         if cell.point in SHELL_OPERATION:
-            async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=CELL_TIMEOUT_S) as client:
+            async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=self.timeout_s) as client:
                 while not has_happened.is_set():  # what is refused, while a recovery runs or because it is so already, is asked for again
                     await client.post("/scale_elastic_ep", json={"new_ep_size": EP_SIZE + 1})
                     await client.post(f"/elastic/ranks/{JOINER}/drain", json={})
@@ -145,7 +148,7 @@ class Matrix:
         self, wave: asyncio.Task[None], history: History, faults: list[Fault], problems: list[str]
     ) -> asyncio.Task[None]:
         """Send requests until all faults have. Returns the last wave of requests, which may still run."""
-        deadline = time.monotonic() + CELL_TIMEOUT_S / 2
+        deadline = time.monotonic() + self.timeout_s / 2
         while missing := [f for i, f in enumerate(faults) if not self._fault_file().has_happened(i)]:
             if time.monotonic() > deadline:
                 break
@@ -168,7 +171,7 @@ class Matrix:
                 wave = asyncio.create_task(self.streams(history))
             await asyncio.sleep(0.01)
         await wave
-        return await self.when(is_whole, CELL_TIMEOUT_S / 2)
+        return await self.when(is_whole, self.timeout_s / 2)
 
     async def _is_over(self, before: dict[str, Any], faults: list[Fault]) -> bool:
         status = await self.status()
@@ -176,7 +179,7 @@ class Matrix:
 
     async def _undo_operations(self) -> None:
         """Back to the seats that there were: an operation may have given up another one than it was to."""
-        async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=CELL_TIMEOUT_S) as client:
+        async with httpx.AsyncClient(trust_env=False, base_url=self.server.url, timeout=self.timeout_s) as client:
             while not is_whole(status := await self.status()):
                 retired = [rank["rank"] for rank in status["ranks"] if rank["state"] == "retired"]
                 if any(rank < EP_SIZE for rank in retired):
@@ -195,7 +198,7 @@ class Matrix:
                 if rank["pid"] == pid:
                     self.server.signal_rank(rank["rank"])
                     life, place = rank["incarnation"], rank["rank"]
-                    await self.when(lambda s, r=place, i=life: is_whole(s) and lives(s)[r] > i, CELL_TIMEOUT_S / 2)
+                    await self.when(lambda s, r=place, i=life: is_whole(s) and lives(s)[r] > i, self.timeout_s / 2)
 
     def _fault_file(self) -> FaultFile:
         file = FaultFile(str(self.file))

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import pytest
 
 import elastic_ep
-from elastic_ep.brain.events import Emit, Publish, Send, StartRank, TokenEvent
+from elastic_ep.brain.events import Command, Emit, Publish, Send, StartRank, TokenEvent
 from elastic_ep.brain.messages import ControllerMessage, RunStep
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.recovery import GroupState, Phase, Trigger
@@ -82,7 +82,45 @@ def test_each_message_to_a_rank_has_its_points():
         assert names_in(function) & messages == messages - without, function
 
 
-def test_each_order_to_and_report_of_an_agent_has_its_points():
+def test_each_command_of_the_brain_has_its_points():
+    """A new command needs points around its execution, or a reason here."""
+    without = {
+        "Fence": "fencing_begin and fencing_end are around it",
+        "MakePlan": "planning_begin and planning_end are around a recovery's; a change's is solved beside the steps",
+        "Emit": "clients hear, no rank does",
+        "StepCommitted": "a number for the metrics",
+        "Probe": "a look at a silent process",
+        "Stopped": "the server ends",
+    }
+    assert {cls.__name__ for cls in get_args(Command)} - names_in("_before") == set(without)
+
+
+def test_each_event_that_the_brain_publishes_has_its_points():
+    """What has a name for operators is a phase of something: a new one needs a point, or a reason here."""
+    without = {
+        "rank_starting": "rank_start",
+        "rank_failed": "fencing_begin, for a member; nothing else waits for anybody else",
+        "rank_fenced": "fencing_end",
+        "step_void": "fencing_begin",
+        "installed": "resuming_begin",
+        "recovery": "serving_begin",
+        "change_started": "send_stage",
+        "change_failed": "nothing has changed",
+        "rebalance_skipped": "nothing has changed",
+        "rank_left_out": "nothing has changed",
+        "source_failed": "said of what a rank has done",
+        "slow": "a wait goes on",
+    }
+    kinds = set()
+    for file in (PACKAGE / "brain").glob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        kinds |= {call.args[0].value for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "publish"}
+    tree = ast.parse((PACKAGE / "serving/shell_faults.py").read_text())
+    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    assert kinds - words == set(without)
+
+
+def test_each_order_to_an_agent_has_its_points():
     """A new message from the controller needs points in `Agent._obey`, or a reason here."""
     without = {"Refused", "Goodbye", "Beat"}  # the agent has no seats, or no controller, any more; a beat changes nothing
     tree = ast.parse((PACKAGE / "runtime/launch/agent.py").read_text())
