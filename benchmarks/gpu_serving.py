@@ -117,12 +117,14 @@ def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: 
     return {**quiet, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins], "experts_of_a_rank": lost}
 
 
-def random_kills(folder: Path, spec: ModelSpec, runs: int) -> dict[str, Any]:
+def random_kills(folder: Path, spec: ModelSpec, runs: int, seconds: float) -> dict[str, Any]:
     """Each run: all streams at once, a rank that lives killed at a random moment; the next run begins whoever is back by then."""
-    rng, tokens, differing, waits = random.Random(7), 24, 0, 0
+    rng, tokens, differing, waits, done = random.Random(7), 24, 0, 0, 0
+    end = time.monotonic() + seconds
     with ServerProcess(folder, *arguments(spec.num_experts, "--restart-backoff", "0.05"), start_timeout_s=300) as server:
         expected, _ = run(server, spec, tokens)
-        for _ in range(runs):
+        while done < runs and time.monotonic() < end:
+            done += 1
             status = server.status()
             if sum(status["active_ranks"]) < 2:
                 waits += 1
@@ -135,8 +137,8 @@ def random_kills(folder: Path, spec: ModelSpec, runs: int) -> dict[str, Any]:
     recoveries = [r for r in status["recoveries"] if r["kind"] != "rejoin"]
     stalls = [r["stall_ms"] for r in recoveries if r["stall_ms"] is not None]
     return {
-        "runs": runs,
-        "streams": runs * NUM_STREAMS,
+        "runs": done,
+        "streams": done * NUM_STREAMS,
         "differing_streams": differing,
         "failed_requests": status["requests"]["failed"],
         "recoveries_kept": len(recoveries),
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--runs", type=int, default=200, help="of the part `random`")
+    parser.add_argument("--seconds", type=float, default=600.0, help="after so long the part `random` begins no further run")
     parser.add_argument("--parts", default="throughput,replicas,lost")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -217,7 +220,7 @@ def main() -> None:
         "one-fast": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda", "--fast-math"),
         "two": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2"),
         "two-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2", "--dispatch", "cuda"),
-        "random": lambda: random_kills(folder, spec, args.runs),
+        "random": lambda: random_kills(folder, spec, args.runs, args.seconds),
         "transformers": lambda: peer(folder, args.tokens),
         "replicas": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=True),
         "lost": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=False),
