@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from elastic_ep.brain.events import Command, Publish, Send, StartRank
+from elastic_ep.brain.events import Command, Emit, MakePlan, Publish, Send, StartRank, StepCommitted
 from elastic_ep.brain.messages import Install, RunStep, Stage
 from elastic_ep.brain.state import BrainState
 from elastic_ep.core.recovery import GroupState, Phase, Transition
@@ -81,6 +81,10 @@ class ShellFaults(FaultPlan):
                 if state.operation is not None and command.rank in state.operation.joiners:
                     self.reach("operation_grow")
                 self.reach("rank_start")
+            case StepCommitted():
+                self.reach("commit")
+            case MakePlan() if command.change is not None:
+                self.reach("change_begin")
             case Publish(kind="operation_started"):
                 self.reach("operation_begin")
             case Publish(kind="rank_retired"):
@@ -98,6 +102,8 @@ class ShellFaults(FaultPlan):
                 self.reach("stage_sent")
             case StartRank():
                 self.reach("rank_asked")
+            case Emit():
+                self.reach("emitted")
 
     def settle(self) -> None:
         """Do what was reached, to those that there are now."""

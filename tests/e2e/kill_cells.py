@@ -34,12 +34,12 @@ IN_STAGE = ("stage_begin", "stage_expert", "stage_end", "stage_told")
 IN_JOIN = ("hello_said", "dense_loaded", "dense_told", *IN_STAGE, "load_expert", "expert_loaded")
 IN_PEER = ("serve_expert", "serve_length", "serve_end")
 IN_BACKUP = ("backup_begin", "backup_bytes", "backup_end")
-SHELL_STEP = ("send_step", "step_sent")
+SHELL_STEP = ("send_step", "step_sent", "commit", "emitted")
 SHELL_RECOVERY = (
     *("fencing_begin", "fencing_end", "planning_begin", "planning_end", "installing_begin", "installing_end"),
     *("send_install", "install_sent", "resuming_begin", "resuming_end", "serving_begin", "serving_end"),
 )
-SHELL_JOIN = ("rank_start", "rank_asked", "rank_spawned", "rank_connected", "send_stage", "stage_sent")
+SHELL_JOIN = ("rank_start", "rank_asked", "rank_spawned", "rank_connected", "change_begin", "send_stage", "stage_sent")
 SHELL_OPERATION = ("operation_begin", "operation_grow", "operation_retire", "operation_end")
 SHELL_SEATS = ("seats_offered", "seats_given", "seats_lost")
 AGENT_ARRIVES = ("agent_terms", "agent_offered", "agent_seated")
