@@ -4,13 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := $(wildcard elastic_ep/*/*.c elastic_ep/*/*/*.c elastic_ep/*/*.h elastic_ep/*/*/*.h elastic_ep/*/*/*/*.h)
 
-.PHONY: demo test lint kill-matrix fuzz mutants benchmarks clean
+.PHONY: demo test test-gpu lint kill-matrix fuzz mutants benchmarks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/elastic-ep demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k "gpu or cuda"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

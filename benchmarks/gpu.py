@@ -1,6 +1,6 @@
-"""What is promised on GPUs, measured on the GPU at hand; one section per subject.
+"""What is promised on GPUs, measured on the GPU at hand: dispatch and combine, then ranks that serve (benchmarks/gpu_serving.py).
 
-python benchmarks/gpu.py [--json]
+python benchmarks/gpu.py [--only dispatch] [--json]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,20 +44,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--repeats", type=int, default=40, help="steps of 16 layers measured per size (default 40)")
+    parser.add_argument("--only", choices=["dispatch", "serving"])
     options = parser.parse_args()
     reason = why_not()
     if reason is not None:
         print(f"nothing measured: {reason}")
         return
-    import gpu_dispatch
-
     begin = time.monotonic()
-    report = gpu_dispatch.run(options.repeats)
-    if options.json:
-        print(json.dumps(plain({"dispatch": report})))
-        return
-    gpu_dispatch.print_report(report)
-    print(f"{time.monotonic() - begin:.0f} s in all")
+    report: dict[str, Any] = {}
+    if options.only in (None, "dispatch"):
+        import gpu_dispatch
+
+        report["dispatch"] = gpu_dispatch.run(options.repeats)
+        if not options.json:
+            gpu_dispatch.print_report(report["dispatch"])
+    if options.only in (None, "serving"):
+        command = [sys.executable, str(Path(__file__).with_name("gpu_serving.py")), "--json"]
+        report["serving"] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        if not options.json:
+            print(json.dumps(report["serving"], indent=1))
+    print(json.dumps(plain(report)) if options.json else f"{time.monotonic() - begin:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Ranks on one GPU: throughput beside transformers, what a death costs with and without replicas, what a rejoin costs.
 
-python benchmarks/gpu_serving.py --shape qwen3-30b-a3b --folder /a/ramdisk [--layers N] [--parts throughput,replicas,lost] [--json]
+python benchmarks/gpu_serving.py [--shape qwen3-30b-a3b] [--layers N] [--parts one-graphs,transformers,replicas,lost,random] [--json]
 
-The checkpoint is random and written to `folder` first (61 GB for all 48 layers of qwen3-30b-a3b). Streams are greedy; what every client
-got is compared with an undisturbed run.
+The checkpoint is random and written to `folder` first: 1.3 GB for each layer of qwen3-30b-a3b, as many as two copies of the experts leave
+room for on the GPU. Streams are greedy; what every client got is compared with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gpu_checkpoints import SHAPES, config_of, write
 
 from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
@@ -157,7 +158,6 @@ def throughput(folder: Path, spec: ModelSpec, tokens: int, *more: str) -> dict[s
 
 def _transformers(folder: str, tokens: int, pipe: Any) -> None:
     """One process, the same sizes, `generate` over one batch of equal lengths: its easiest case."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -192,23 +192,32 @@ def peer(folder: Path, tokens: int) -> dict[str, float]:
     return {"tokens_per_s": NUM_STREAMS * tokens / seconds, "step_ms": 1e3 * seconds / tokens}
 
 
+def layers_that_fit(shape: str) -> int:
+    """So that all experts are there twice, or one and a third times the larger ones, beside what ranks need for themselves."""
+    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20
+    return min(48, int(gigabytes / 2.6)) if shape == SHAPES[0] else min(3, int(gigabytes / 32))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default=SHAPES[0])
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint goes; memory, best")
+    parser.add_argument("--layers", type=int, help="of the model; by default as many as fit")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/elastic-ep"), help="where the checkpoint goes; memory, best")
     parser.add_argument("--checkpoint", type=Path, help="use this one, whatever its shape")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--runs", type=int, default=200, help="of the part `random`")
     parser.add_argument("--seconds", type=float, default=600.0, help="after so long the part `random` begins no further run")
-    parser.add_argument("--parts", default="throughput,replicas,lost")
+    parser.add_argument("--parts", default="one-graphs,transformers,throughput,replicas,lost")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if not torch.version.cuda or not torch.cuda.device_count():
+        print("nothing measured: torch sees no GPU")
+        return
     folder = args.checkpoint or args.folder / args.shape
     if args.checkpoint is None:
         began = time.monotonic()
-        num_bytes = write(folder, config_of(args.shape, args.layers))
+        num_bytes = write(folder, config_of(args.shape, args.layers or layers_that_fit(args.shape)))
         print(f"wrote {num_bytes / 1e9:.1f} GB in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     spec = inspect_checkpoint(folder)
     report: dict[str, Any] = {"layers": spec.num_layers, "experts": spec.num_experts, "slot_bytes": spec.slot_bytes(None)}
