@@ -38,7 +38,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], ...]] = {
     "elastic_ep.core.transfer": (("tests/core/test_transfer.py",), BRAIN),
 }
 """module -> the tests to run; the next ones only if those before noticed nothing"""
-PATIENCE, GRACE_S = 5.0, 2.0
+PATIENCE, GRACE_S = 5.0, 1.0
 """a test that needs more processor time than this many times what it needs without a change, and the grace, has noticed the mutant"""
 MEMORY_BYTES = 4 << 30
 _OPTIONS = ("-x", "-q", "-o", "timeout=0", "-p", "no:cacheprovider", "-p", "no:anyio", "-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -58,7 +58,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if name == self.mutant.module else None
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.mutant.source, f"<mutant of {self.mutant.module}>", "exec"), module.__dict__)
+        exec(compile(self.mutant.source(), f"<mutant of {self.mutant.module}>", "exec"), module.__dict__)
 
 
 class Watch:

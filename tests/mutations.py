@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +30,21 @@ Spoilt = tuple[ast.AST, str, Change]
 
 
 class Mutant(NamedTuple):
+    """A file to be spoilt. `spoil` does it to a fresh tree; the source is made where it runs, as that takes longer than many a test."""
+
     module: str
+    path: Path
     line: int
     what: str
-    source: str
+    spoil: Callable[[ast.Module], Any]
 
     def __str__(self) -> str:
         return f"{self.module}:{self.line} {self.what}"
+
+    def source(self) -> str:
+        tree = ast.parse(self.path.read_text())
+        self.spoil(tree)
+        return ast.unparse(ast.fix_missing_locations(tree))
 
 
 def _set(name: str, value: Callable[[Any], Any]) -> Change:
@@ -118,10 +125,13 @@ def mutants_of(module: str, path: Path) -> list[Mutant]:
     found = []
     for place, node in enumerate(ast.walk(tree)):
         for where, what, change in changes(node) if id(node) not in notes else ():
-            other = copy.deepcopy(tree)
-            change(next(n for i, n in enumerate(ast.walk(other)) if i == place))
-            found.append(Mutant(module, getattr(where, "lineno", 0), what, ast.unparse(ast.fix_missing_locations(other))))
+            found.append(Mutant(module, path, getattr(where, "lineno", 0), what, _at(place, change)))
     return found
+
+
+def _at(place: int, change: Change) -> Change:
+    """Do it to the node at that place of the walk."""
+    return lambda tree: change(next(node for i, node in enumerate(ast.walk(tree)) if i == place))
 
 
 def _annotations(node: ast.AST) -> Iterator[ast.AST]:
@@ -133,13 +143,15 @@ def _annotations(node: ast.AST) -> Iterator[ast.AST]:
 
 def unchanged(module: str, path: Path) -> Mutant:
     """Goes the way of a mutant, and must survive."""
-    return Mutant(module, 0, "unchanged", ast.unparse(ast.parse(path.read_text())))
+    return Mutant(module, path, 0, "unchanged", lambda tree: None)
 
 
 def ruined(module: str, path: Path) -> Mutant:
     """Every function raises: if this one survives, mutants are not what the tests run."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            node.body = [ast.parse('raise RuntimeError("ruined")').body[0]]
-    return Mutant(module, 0, "every function raises", ast.unparse(ast.fix_missing_locations(tree)))
+
+    def ruin(tree: ast.Module) -> None:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                node.body = [ast.parse('raise RuntimeError("ruined")').body[0]]
+
+    return Mutant(module, path, 0, "every function raises", ruin)

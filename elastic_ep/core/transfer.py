@@ -249,7 +249,7 @@ class _Planner:
         expert_bytes: int,
         staging_slots: int,
     ) -> None:
-        self.layers = [_Layer(h, w, topology.rank_of_slot) for h, w in zip(held, wanted, strict=True)]
+        self.layers = [_Layer(h, w, topology.rank_of_slot) for h, w in np.stack((held, wanted), axis=1)]
         self.rank_of_slot = topology.rank_of_slot.tolist()
         self.node, self.backups, self.speeds = node, backups, speeds
         self.expert_bytes, self.staging_slots = expert_bytes, staging_slots
@@ -306,7 +306,7 @@ class _Planner:
     def _chain(self, draft: _Draft, index: int, expert: int, rank: int, used: set[int]) -> None:
         """Bring an expert to a rank, what it displaces to where that belongs, and so on, until a slot is free or the chain meets itself."""
         layer, lent = self.layers[index], draft.lent.setdefault(index, Counter())
-        if any(draft.writes.get((index, s), (EMPTY, 0))[0] == expert for s in layer.slots[rank]):
+        if any(draft.writes.get((index, s)) == (expert, rank) for s in layer.slots[rank]):
             return
         path: list[tuple[int, int, int]] = []  # (slot, expert, rank)
         while True:
@@ -344,7 +344,7 @@ class _Planner:
         links = LinkLoads(self.speeds, self.node)
         copies = []
         for (layer, slot), (expert, rank) in sorted(draft.writes.items()):
-            source = links.pick(self._sources(draft, layer, expert, rank, in_place), rank, self.expert_bytes)
+            source = links.pick(self._sources(layer, expert, rank), rank, self.expert_bytes)
             copies.append(Copy(layer, slot, expert, rank, source))
             self.bytes_by_kind[source.kind] += self.expert_bytes
         for copy in copies:
@@ -356,10 +356,9 @@ class _Planner:
             self.links.num_bytes[link] += num_bytes
         return Round(tuple(copies), in_place=in_place, seconds=max(links.seconds().values(), default=0.0))
 
-    def _sources(self, draft: _Draft, layer: int, expert: int, rank: int, in_place: bool) -> list[Source]:
-        held = enumerate(self.layers[layer].held)
-        slots = [s for s, e in held if e == expert and not (in_place and (layer, s) in draft.writes)]
-        return _options(self.node, rank, [(self.rank_of_slot[s], s) for s in slots], self.backups.get(self.node[rank]), layer, expert)
+    def _sources(self, layer: int, expert: int, rank: int) -> list[Source]:
+        holders = [(self.rank_of_slot[s], s) for s, e in enumerate(self.layers[layer].held) if e == expert]
+        return _options(self.node, rank, holders, self.backups.get(self.node[rank]), layer, expert)
 
     def _permute(self) -> list[LocalMove]:
         """What lies in the right rank but the wrong slot."""

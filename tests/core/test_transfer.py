@@ -339,6 +339,32 @@ def test_lost_experts_are_dealt_out():
     assert plan.num_coverage_rounds == 1
 
 
+def test_a_lost_expert_goes_where_nothing_has_to_make_room():
+    # Rank 0 could take expert 0 only into the slot of expert 1, and would have to swap them afterwards; rank 1 has the very slot free.
+    contents, target = np.array([[1, -1, -1, 2]]), placement([[0, 1, 0, 2]], 3)
+    plan = plan_transfer(contents, target, Topology((2, 2)), [1, 1])
+    assert [(c.slot, c.expert) for c in plan.rounds[0].copies] == [(2, 0)]
+    assert plan.rounds[0].in_place
+
+
+def test_lost_experts_in_place_leave_one_replica_of_what_they_overwrite():
+    # Expert 2 has two replicas, in the very slots of the two lost ones, and is to live in rank 2. One is overwritten at once, one not yet.
+    topology = Topology((1, 1, 1))
+    contents, target = np.array([[2, 2, -1]]), placement([[0, 1, 2]], 3)
+    plan = plan_transfer(contents, target, topology, [1, 1, 1])
+    execute(plan, contents, target, topology, [1, 1, 1], ("0", "1", "2"), 1)
+    assert [(step.in_place, [(c.rank, c.expert) for c in step.copies]) for step in plan.rounds] == [
+        (True, [(0, 0)]),
+        (False, [(1, 1), (2, 2)]),
+    ]
+    assert plan.num_coverage_rounds == 2
+
+
+def test_copies_of_no_bytes_take_no_time():
+    plan = plan_transfer(np.array([[0, -1]]), placement([[0, 0]], 1), Topology((1, 1)), [1, 1], expert_bytes=0)
+    assert (plan.num_copies, plan.seconds) == (1, 0.0)
+
+
 def test_without_a_size_bytes_count_copies():
     plan = plan_transfer(np.array([[0, -1]]), placement([[0, 0]], 1), Topology((1, 1)), [1, 1])
     assert plan.bytes_by_kind == {SourceKind.OTHER_NODE: 1}
