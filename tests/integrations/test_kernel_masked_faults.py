@@ -333,7 +333,7 @@ def test_who_gives_up_sends_nothing_that_could_be_taken_for_outputs(make_kernel_
     start(world, 0, 1, 2)
     routing, batches = make_step(9, [0, 1, 2], 1)
     world.ranks[0].cut(2)
-    outcomes = world.run({r: lambda r=r: run_until_failed(world, r, batches[r], routing, 1) for r in range(3)})
+    outcomes = run_layers(world, batches, routing, StepPoint(1, 50, 1))
     assert outcomes[0] == PeerFailed({2: FailureKind.CLOSED})
     for rank in (1, 2):
         assert isinstance(outcomes[rank], PeerFailed)
