@@ -177,6 +177,8 @@ def main() -> int:
                 return 2
             continue
         killers[outcome.killer] += 1
+        if sum(killers.values()) % 50 == 0:
+            print(f"{sum(killers.values())} of {len(mutants)}", flush=True)
         if not outcome.killer:
             survivors.append(outcome.mutant)
             print(f"SURVIVED {outcome.mutant}", flush=True)

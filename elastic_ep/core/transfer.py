@@ -311,8 +311,7 @@ class _Planner:
         path: list[tuple[int, int, int]] = []  # (slot, expert, rank)
         while True:
             slot = layer.slot_to_give(rank, expert, used, False, lent)
-            if slot is None:
-                return
+            assert slot is not None, "a rank has room for what it wants, so a slot that it does not"
             path.append((slot, expert, rank))
             displaced = layer.held[slot]
             if displaced not in layer.homes or layer.count[displaced] - lent[displaced] > 1:
