@@ -469,7 +469,8 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         pids = {key: process.pid for key, process in self._processes.items()}
-        status = status_object(self.brain.state, pids | (self._agents.pids() if self._agents is not None else {}))
+        known = pids | (self._agents.pids() if self._agents is not None else {})
+        status = status_object(self.brain.state, known, self.config.device)
         if self._agents is not None:
             status["nodes"] = self._agents.status()
         if self._backup is not None:
