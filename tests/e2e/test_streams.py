@@ -67,10 +67,10 @@ def test_random_kills_change_no_token(checkpoint, family):
         undisturbed = asyncio.run(run_streams(server, asked))
         disturb = kill_at_random(server, victims, rng, len(asked) * COUNT)
         disturbed = asyncio.run(run_streams(server, asked, disturb))
-        status = server.status()
+        # on a busy machine the streams can end before the last death is noticed
+        status = server.wait_status(lambda s: sum(s["active_ranks"]) == 1)
     assert disturbed == undisturbed
     assert status["requests"]["failed"] == 0
-    assert sum(status["active_ranks"]) == 1
     assert {rank for recovery in status["recoveries"] for rank in recovery["ranks"]} == set(victims)
     assert undisturbed[:8] == reference(checkpoint(family), 8)
 
