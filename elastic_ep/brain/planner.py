@@ -16,7 +16,7 @@ from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.links import LinkSpeeds, Source, SourceKind
 from elastic_ep.core.placement import EMPTY, ExpertPlacement
 from elastic_ep.core.quotas import level_quotas, rank_loads
-from elastic_ep.core.survivability import survives
+from elastic_ep.core.survivability import survives_one
 from elastic_ep.core.topology import Topology
 from elastic_ep.core.transfer import Round, pick_sources, plan_transfer
 
@@ -148,12 +148,15 @@ def solve(
     held: NDArray[np.int64],
     load: NDArray[np.float64] | None,
     max_moves: int | None,
+    *,
+    with_reason: bool = True,
 ) -> Solved:
     """Place all experts. Of the settings it uses the number of experts, `spread`, and, when slots are too few, `stream_when_short`.
 
     Args:
         held: int64 [L, P], what slots of active ranks hold, -1 elsewhere.
         max_moves: None for no limit, 0 for a recovery: then only lost experts move.
+        with_reason: put into words how it came about.
 
     Raises:
         InsufficientSlotsError: too few live slots and streaming is not allowed.
@@ -171,7 +174,7 @@ def solve(
         spread=_spread(settings.spread, topology, active),
         max_moves=None if from_nothing else max_moves,
     )
-    return Solved(solved, survives_object(solved.placement, topology, active), "; ".join(solved.reasons))
+    return Solved(solved, survives_object(solved.placement, topology, active), "; ".join(solved.reasons) if with_reason else "")
 
 
 Loads = tuple[tuple[int, int, int], ...]
@@ -217,8 +220,8 @@ def _between(
 
 def survives_object(placement: ExpertPlacement, topology: Topology, active: tuple[int, ...]) -> dict[str, Any]:
     """`survives` of `/elastic/status`: how many ranks may fail, whichever they are, and whether any one node may, with no expert lost."""
-    found = survives(placement, topology, active, max_failures=0)
-    return {"any_ranks": found.any_ranks, "any_node": found.any_node}
+    any_ranks, any_node = survives_one(placement, topology, active)
+    return {"any_ranks": any_ranks, "any_node": any_node}
 
 
 def _spread(level: str, topology: Topology, active: tuple[int, ...]) -> str:

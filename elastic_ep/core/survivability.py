@@ -117,6 +117,18 @@ def survives(placement: ExpertPlacement, topology: Topology, active_ranks: Any =
     )
 
 
+def survives_one(placement: ExpertPlacement, topology: Topology, active_ranks: Any) -> tuple[int, bool]:
+    """(`any_ranks`, `any_node`) of `survives`, and nothing else."""
+    rows = placement.masked(topology, active_ranks).physical_to_logical_map
+    hosts = _on_rank(rows, placement.num_logical_experts, topology.rank_of_slot, topology.ep_size)
+    fewest = int(hosts.sum(axis=1).min(initial=int(np.count_nonzero(active_ranks)) + 1))
+    if fewest == 0 or "node" not in topology.domains:
+        return max(0, fewest - 1), False
+    ids = topology.domain_ids("node")
+    nodes = np.stack([hosts[:, ids == node].any(axis=1) for node in range(int(ids.max()) + 1)], axis=1)
+    return fewest - 1, bool((nodes.sum(axis=1) > 1).all())
+
+
 def _on_rank(rows: NDArray[np.int64], num_experts: int, rank_of_slot: NDArray[np.int64], ep_size: int) -> NDArray[np.bool_]:
     """bool [L * E, ep_size]: which ranks hold each expert of each layer."""
     hosts = np.zeros((rows.shape[0] * num_experts, ep_size), dtype=np.bool_)

@@ -59,11 +59,11 @@ def solve(
     load: NDArray[np.float64] | None,
     max_moves: int | None,
 ) -> planner.Solved:
-    """`planner.solve`, remembered by what it uses: many plans differ only in staging memory or in hosts' copies."""
+    """`planner.solve`, remembered by what it uses: many plans differ only in staging memory or in hosts' copies. Nobody reads reasons."""
     where = (topology.slots_per_rank, topology.domains.get("node"), active, held.shape, held.tobytes())
     key = (settings.num_experts, settings.stream_when_short, settings.spread, max_moves, *where, None if load is None else load.tobytes())
     if key not in _solved:
-        _remember(_solved, key, planner.solve(settings, topology, active, held, load, max_moves))
+        _remember(_solved, key, planner.solve(settings, topology, active, held, load, max_moves, with_reason=False))
     _solved.move_to_end(key)
     return _solved[key]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 Held = dict[tuple[int, int], tuple[int, int]]
 """(layer, slot) -> (expert, its bytes)"""
+BEAT = Heartbeat(0)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one rank tells a peer in a step: the tables that it goes by, and what its slots hold. Never changed once sent."""
+class Part(NamedTuple):
+    """What one rank tells a peer in a step: the tables that it goes by, and what its slots hold."""
 
     epoch: int
     step: int
@@ -135,7 +135,7 @@ class Process:
     def beat(self) -> None:
         if self.is_alive:
             if not self.is_stopped:
-                self.say(Heartbeat(0))
+                self.say(BEAT)
             self.world.timeline.after(self.world.heartbeat_s / self.speed, self.beat)
 
     def say(self, message: Any) -> None:

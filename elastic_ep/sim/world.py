@@ -224,7 +224,6 @@ class World:
         elif self._cancels and self._cancels[0][0] <= moment:
             self.cancel(self._cancels.pop(0)[1])
         else:
-            self._find_next()
             return False
         self._find_next()
         return True

@@ -11,7 +11,7 @@ from elastic_ep.core import survivability
 from elastic_ep.core.eplb.resilient import solve_placement
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.placement import EMPTY, ExpertPlacement
-from elastic_ep.core.survivability import required_slots, survives
+from elastic_ep.core.survivability import required_slots, survives, survives_one
 from elastic_ep.core.topology import Topology
 
 
@@ -81,6 +81,14 @@ def test_single_domains_against_losing_them(seed):
         assert found.domains[level] == (found.missing == 0 and not any(losses.values()))
         if found.missing == 0:
             assert (found.any_domains[level] >= 1) == found.domains[level]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_short_answer_is_the_long_one(seed):
+    placement, topology, active = random_case(seed)
+    for where in (topology, Topology(topology.slots_per_rank)):
+        found = survives(placement, where, active)
+        assert survives_one(placement, where, active) == (found.any_ranks, found.any_node)
 
 
 def test_worked_example():
