@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -44,6 +45,15 @@ def test_a_seed_is_one_trace_on_any_interpreter():
     here = [run(draw(seed)).digest for seed in range(8)]
     assert found == [here, here]
     assert len(set(here)) == 8
+
+
+def test_all_kinds_of_faults_groups_and_hosts_are_drawn():
+    drawn = [draw(seed) for seed in range(3000)]
+    kinds = Counter(fault.kind for schedule in drawn for fault in schedule.faults)
+    assert set(kinds) == set(FaultKind) - {FaultKind.FLIP_SLOT}
+    assert min(kinds.values()) >= 30, kinds
+    groups = Counter((bool(s.nodes), bool(s.remote), s.spread, s.has_backup, s.restart, bool(s.orders)) for s in drawn)
+    assert len(groups) == 2 * 2 * 2 + 2 * 2 * 2 * 2 * 2, "no nodes; nodes, here or elsewhere, either spread"
 
 
 def loses_requests(monkeypatch):
