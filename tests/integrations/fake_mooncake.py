@@ -182,6 +182,7 @@ class FakeBuffer:
 
     def _kernels(self, active_ranks: torch.Tensor, timeout_us: int) -> Kernels:
         require(active_ranks.dtype == torch.int32 and tuple(active_ranks.shape) == (self._group.size(),), f"active_ranks {active_ranks}")
+        require(active_ranks[self._group.number] == 1, "a rank does not mask itself")
         require(0 < timeout_us < 2**31, f"timeout_us {timeout_us} never ends, or overflows")
         require(self._epoch == self._cluster.epoch, "members changed: update_ep_member comes before the next call")
         require(self._memory is not None, "join_group comes before the first call")
