@@ -23,6 +23,9 @@ def judge(accusations: Mapping[int, Mapping[int, str]], answered: Collection[int
     Then, while edges are left, the rank on most of them goes; ties go to one that has not answered, then to the one more accused, then
     to the higher id. So a rank that all others miss is given up, not its accusers; of two that miss each other, the silent one.
 
+    A rank that has answered is not given up because of several that have not: they speak, and it is judged again, or they are silent
+    until the transaction's deadline, which gives them up. Else one healthy rank among hung ones would be the first to go.
+
     Args:
         accusations: accuser -> {accused: how}.
         answered: ranks that reported on this step at all.
@@ -49,6 +52,8 @@ def _cover(edges: dict[tuple[int, int], str], answered: Collection[int], named: 
             degree[b] = degree.get(b, 0) + 1
         worst = max(degree, key=lambda r: (degree[r], r not in answered, named.count(r), r))
         others = sorted((b if a == worst else a, how) for (a, b), how in edges.items() if worst in (a, b))
-        guilty[worst] = ", ".join(f"rank {other}: {how}" for other, how in others)
         edges = {edge: how for edge, how in edges.items() if worst not in edge}
+        if worst in answered and not any(other in answered for other, _ in others):
+            continue
+        guilty[worst] = ", ".join(f"rank {other}: {how}" for other, how in others)
     return guilty

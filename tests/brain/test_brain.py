@@ -550,6 +550,34 @@ def test_a_missed_deadline_of_one_that_reports_is_a_consequence():
     assert set(judge(accusations, answered={0, 1}, dead=[]).guilty) == {2}
 
 
+def test_the_one_rank_that_complains_outlives_the_hung_ones():
+    """Fewest ranks that explain it would be the healthy one; the hung ones then stall the group for three timeouts."""
+    world = World(ep_size=3, slots_per_rank=8).boot()
+    serve_all(world)
+    world.answer()
+    world.wedged |= {1, 2}
+    world.inbox.clear()
+    world.say(0, StepFailed(1, world.brain.state.step.number, {1: "deadline", 2: "deadline"}))
+    world.pass_time(1.0)
+    assert [seat.is_alive for seat in world.brain.state.seats] == [True] * 3
+    world.pass_time(10.0)
+    assert [seat.is_alive for seat in world.brain.state.seats] == [True, False, False]
+    world.settle()
+    check_all(world)
+
+
+def test_a_rank_that_is_cut_off_goes_once_the_others_have_spoken():
+    accusations = {0: {1: "deadline", 2: "deadline", 3: "deadline"}}
+    assert judge(accusations, answered={0}, dead=[]).guilty == {}
+    accusations |= {1: {0: "deadline"}, 2: {0: "deadline"}, 3: {0: "deadline"}}
+    assert set(judge(accusations, answered={0, 1, 2, 3}, dead=[]).guilty) == {0}
+
+
+def test_of_five_three_hang():
+    accusations = {rank: {2: "deadline", 3: "deadline", 4: "deadline"} for rank in (0, 1)}
+    assert not {0, 1} & set(judge(accusations, answered={0, 1}, dead=[]).guilty)
+
+
 def test_the_record_of_a_total_loss_names_everyone():
     world = World(ep_size=3, slots_per_rank=8, restart=True).boot()
     serve_all(world, 20)
