@@ -42,7 +42,10 @@ CELL_TIMEOUT_S = 40.0
 AGENTS_TIMEOUT_S = 120.0
 """for a cell with agents: a busy machine takes long to import what the next spare agent needs"""
 CELLS_PER_SERVER = 40
-ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", "2")
+STEP_TIMEOUT_S = 2
+LONGEST_GAP_S = 3 * STEP_TIMEOUT_S
+"""between two tokens of a stream: what a group of which everyone hangs is given, and in no cell everyone does"""
+ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", str(STEP_TIMEOUT_S))
 START_TIMEOUTS_S = (6, 12, 30)
 """for a process to be ready: tried one after the other until a server starts, as imports take longer on a busy machine"""
 QUICK_RESTART = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2")
@@ -108,6 +111,8 @@ class Matrix:
             problems.append(f"not over in time: {type(error).__name__}: {error or self.timeout_s}")
         verdict = judge([*self.reference, *history.events])
         problems += [str(violation) for violation in verdict.violations]
+        if verdict.longest_gap_s > LONGEST_GAP_S:
+            problems.append(f"a stream waited {verdict.longest_gap_s:.1f} s for a token; {LONGEST_GAP_S} s are enough for every fault here")
         return Outcome(cell, time.monotonic() - started, problems, verdict.longest_gap_s)
 
     async def _run(self, cell: Cell, history: History, problems: list[str]) -> None:

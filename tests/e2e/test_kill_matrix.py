@@ -49,7 +49,7 @@ def commit_seed() -> int:
     return int(found.stdout, 16) if found.returncode == 0 else 0
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_sample_of_the_kill_matrix(checkpoint, tmp_path):
     seed = commit_seed()
     print("seed", seed)
