@@ -41,6 +41,11 @@ class Mutant(NamedTuple):
     def __str__(self) -> str:
         return f"{self.module}:{self.line} {self.what}"
 
+    @property
+    def text(self) -> str:
+        """The line that it changes."""
+        return self.path.read_text().splitlines()[self.line - 1].strip() if self.line else ""
+
     def source(self) -> str:
         tree = ast.parse(self.path.read_text())
         self.spoil(tree)
