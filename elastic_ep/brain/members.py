@@ -60,10 +60,18 @@ def fail(state: BrainState, rank: int, cause: FailureCause, detail: str, now: fl
         state.record.restart(rank, cause.value)
     elif state.group.phase is not Phase.BOOTING:
         state.record = RecoveryRecord(cause.value, [rank], last_sign=last_sign, detected=now)
-    if not any(s.is_alive and is_member(state, s.rank) for s in state.seats):
+    if not any(_may_go_on(state, s) for s in state.seats):
         _lose_all(state, seat, now)
         return
     state.group.apply(Trigger.RANK_FAILED, now=now, epoch=state.membership.epoch, reason=f"rank {rank} {seat.failure}")
+
+
+def _may_go_on(state: BrainState, seat: Seat) -> bool:
+    """Whether this seat can be one of the next epoch's members. A process that was started again in a member's seat while others were
+    still being fenced is not one yet."""
+    if state.group.phase is Phase.BOOTING:
+        return seat.is_alive
+    return seat.state in (SeatState.READY, SeatState.ACTIVE) and state.membership.is_active(seat.rank)
 
 
 def _lose_all(state: BrainState, last: Seat, now: float) -> None:

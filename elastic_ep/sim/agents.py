@@ -117,7 +117,7 @@ class Host:
     def _close(self) -> None:
         for channel in (self.orders, self.reports):
             if channel is not None:
-                channel.is_closed = True
+                channel.is_closed = channel.is_broken = True
         self.orders = self.reports = None
 
     # ---- the agent's side

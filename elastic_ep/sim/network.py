@@ -76,7 +76,7 @@ class Network:
 class Channel:
     """One direction of a stream between two processes: `deliver` is called with each item, in the order in which they were sent."""
 
-    __slots__ = ("_deliver", "_last", "_net", "_wire", "extra_s", "is_closed")
+    __slots__ = ("_deliver", "_last", "_net", "_wire", "extra_s", "is_broken", "is_closed")
 
     def __init__(self, net: Network, source: int, target: int, deliver: Callable[..., None]) -> None:
         self._net = net
@@ -86,12 +86,19 @@ class Channel:
         self.extra_s = 0.0
         """what the next message is delayed by, beside the usual"""
         self.is_closed = False
+        """nothing more is sent; what was, still comes"""
+        self.is_broken = False
+        """what a cut wire holds never comes, either"""
 
     def send(self, item: Any) -> None:
-        if self.is_closed:
-            return
+        if not self.is_closed:
+            self._put(item)
+
+    def _put(self, item: Any) -> None:
         if self._wire.is_cut:
-            self._wire.held.append(partial(self.send, item))
+            self._wire.held.append(partial(self._put, item))
+            return
+        if self.is_broken:
             return
         timeline = self._net.timeline
         when = timeline.now + self._net.delay(self._wire) + self.extra_s

@@ -620,3 +620,22 @@ def test_a_late_report_does_not_bring_back_what_a_newer_order_overwrites():
                 assert world.brain.state.contents.experts[key] == -1
     world.settle()
     assert not world.brain.state.contents.mismatches(world.brain.state.plan.placement)
+
+
+def test_a_seat_that_is_filled_again_is_no_member_of_the_next_epoch_yet():
+    """While rank 2 is still being fenced, rank 1's seat has a new process; then the last member, rank 0, dies: nobody is left to plan for,
+    and those that start boot anew."""
+    world = World(ep_size=3, restart=True, restart_backoff_s=0.05).boot()
+    world.unfenceable, world.unstartable = {2}, {1}
+    for rank in (2, 1):
+        world.kill(rank)
+    world.pass_time(0.1)
+    assert world.brain.state.seats[1].state is SeatState.STARTING
+    world.kill(0)
+    assert world.brain.state.group.phase is Phase.BOOTING
+    world.unfenceable, world.unstartable = set(), set()
+    world.inbox.append((1, "hello"))
+    for _ in range(20):
+        world.pass_time(0.5)
+        world.settle()
+    assert world.brain.state.membership.ranks == (0, 1, 2)

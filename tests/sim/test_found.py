@@ -98,3 +98,16 @@ def test_a_seat_of_a_host_that_is_away_is_not_filled_again():
     faults = (Fault(9, FaultKind.NODE_DOWN, 3, seconds=5.0),)
     schedule = replace(PLAIN, ep_size=4, slots_per_rank=4, read_s=0.006, requests=LONG[:1], orders=orders, faults=faults, **nodes)
     keeps_all_promises(schedule)
+
+
+def test_the_last_member_dies_while_another_seat_is_filled_again():
+    """While one rank was being fenced another's seat had a new process already: it counted as a member that was left, and the next epoch
+    was planned for nobody. The controller failed."""
+    faults = (
+        Fault(274, FaultKind.CUT_HOST, 1, 0, 1.2),
+        Fault(277, FaultKind.UNKILLABLE, 0, seconds=0.01),
+        Fault(306, FaultKind.CUT_HOST, 2, 3, 0.3),
+    )
+    schedule = replace(PLAIN, seed=20009093, read_s=0.006, faults=faults, nodes=("a", "b", "b"), remote=("b",))
+    outcome = run(schedule)
+    assert not outcome.predicate, outcome
