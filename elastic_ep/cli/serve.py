@@ -34,10 +34,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     device_help = "where ranks compute; with cuda, rank r takes GPU r of its host, counted round, so that several may share one"
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help=device_help)
     dispatch_help = (
-        "how tokens reach experts. socket: a mesh of sockets, on any host, also between ranks on GPUs (through pinned memory). cuda: peers' "
-        "GPU memory, read in place by kernels; for one host with a GPU for each rank"
+        "how tokens reach experts. socket: a mesh of sockets, on any host, also between ranks on GPUs (through pinned memory). cuda: "
+        "peers' GPU memory, read in place by kernels; for one host with a GPU for each rank. mooncake: Mooncake EP's masked kernels over "
+        "NVLink or RDMA, bfloat16; rank 0's death ends its group; not run on hardware here. nixl: NIXL EP's, not run on hardware here"
     )
-    parser.add_argument("--dispatch", choices=["socket", "cuda"], default="socket", help=dispatch_help)
+    parser.add_argument("--dispatch", choices=["socket", "cuda", "mooncake", "nixl"], default="socket", help=dispatch_help)
+    ib_help = "RDMA devices for --dispatch mooncake: names with commas between, or JSON that maps GPU numbers to names; all if not given"
+    parser.add_argument("--mooncake-ib-device", default="", metavar="NAMES", help=ib_help)
     parser.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt + completion; default: all that fits")
     parser.add_argument("--kv-tokens", type=int, default=32768, metavar="TOKENS", help="KV cache of each rank")
     parser.add_argument("--max-num-seqs", type=int, default=64, metavar="N", help="sequences at home on one rank at once")
@@ -129,6 +132,7 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         fast_math=args.fast_math,
         device=args.device,
         dispatch=args.dispatch,
+        mooncake_ib_device=args.mooncake_ib_device,
         kv_tokens=args.kv_tokens,
         max_sequences=args.max_num_seqs,
         max_batch_tokens=args.max_num_batched_tokens,

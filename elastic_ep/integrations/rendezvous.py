@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from elastic_ep.core.errors import InvalidInputError
 
@@ -102,6 +102,21 @@ class PeerStore:
     def _own(self, key: str) -> str:
         rank = int(key.rpartition("/")[2])
         return f"elastic-ep/{self._addresses[rank]}/{key}"
+
+
+class HostedStore(NamedTuple):
+    """A store in this process, and what ranks are given to find it. It ends with the object."""
+
+    store: Any
+    address: str
+
+
+def host_store(host: str) -> HostedStore:
+    """Start a store for ranks to meet over, at a free port; `host` is how they reach this machine. torch's store listens on every interface
+    and asks for no token."""
+    dist: Any = importlib.import_module("torch.distributed")
+    store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+    return HostedStore(store, f"tcp:{host}:{store.port}")
 
 
 def open_store(address: str, timeout_s: float = 10.0) -> Any:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.models.engine import ElasticEngine
+from elastic_ep.models.engine import NUM_SPARE, ElasticEngine
 from elastic_ep.models.spec import inspect_checkpoint
 from elastic_ep.runtime.dispatch.base import MeshDispatcher
 from elastic_ep.runtime.dispatch.faulty import FaultyDispatcher
 from elastic_ep.runtime.dispatch.socket import SocketDispatcher
 from elastic_ep.runtime.faults import FaultFile, FaultPlan, parse_fault
+from elastic_ep.runtime.launch.zygote import resolve
 from elastic_ep.runtime.rank import run
 from elastic_ep.runtime.rank_config import RankConfig
 
@@ -36,13 +37,17 @@ class DispatchConfig(NamedTuple):
     """The dispatch backend of all ranks.
 
     Attributes:
-        backend: "socket" or "cuda".
-        num_seats, max_tokens: of the cuda backend's buffers: ranks at most, and tokens of one rank in a step.
+        backend: "socket", "cuda", or another that `factory` makes (`module:function`, see integrations/ranks.py).
+        num_seats, max_tokens: of backends with buffers: ranks at most, and tokens of one rank in a step.
+        store: where ranks meet that need such a place, "tcp:HOST:PORT"; ib_devices: as given to the server.
     """
 
     backend: str
     num_seats: int
     max_tokens: int
+    factory: str = ""
+    store: str = ""
+    ib_devices: str = ""
 
 
 def make_engine(device: str, options: dict[str, Any]) -> ElasticEngine:
@@ -84,6 +89,26 @@ def make_backend(
         return CudaDispatcher(
             rank.rank, rank.listen, capacity, token=rank.token, device=own, interrupt=control, deadline_s=rank.exchange_timeout_s
         )
+    if dispatch.factory:
+        spec = inspect_checkpoint(engine["checkpoint_dir"])
+        sizes = {
+            "ep_size": dispatch.num_seats,
+            "experts_per_rank": min(spec.num_experts, engine["local_slots"] + NUM_SPARE),
+            "max_tokens": dispatch.max_tokens,
+            "top_k": spec.num_experts_per_tok,
+            "hidden": spec.hidden_size,
+        }
+        made: MeshDispatcher = resolve(dispatch.factory)(
+            dispatch.backend,
+            rank.rank,
+            sizes,
+            store=dispatch.store,
+            gpu=gpu_of(rank.rank),
+            ib_devices=dispatch.ib_devices,
+            timeout_s=rank.exchange_timeout_s,
+            interrupt=control,
+        )
+        return made
     watcher = faults or None
     mesh = SocketDispatcher(rank.rank, rank.listen, token=rank.token, interrupt=control, deadline_s=rank.exchange_timeout_s, faults=watcher)
     if device == "cpu":

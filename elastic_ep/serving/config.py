@@ -17,6 +17,8 @@ from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.faults import RANK_POINTS, parse_fault
 from elastic_ep.serving.remote import RemoteRanks
 
+INTEGRATED = ("mooncake", "nixl")
+"""dispatch backends that are other projects' libraries"""
 TRACE_WINDOWS = 4096
 """windows of expert loads that are kept in memory for the trace file"""
 GPU_SPEEDS = LinkSpeeds(same_node=2e9, other_node=1e9, host=50e9, checkpoint=5e9)
@@ -57,7 +59,8 @@ class ServeConfig:
         drain: what happens to the requests of a rank that is drained, unless the request says: "move" or "finish".
         remote: which of the ranks live on other hosts; None for none.
         device: "cpu", or "cuda": rank r on GPU r of its host, counted round.
-        dispatch: the backend of dispatch and combine: "socket" (also between GPUs, through pinned memory) or "cuda".
+        dispatch: the backend of dispatch and combine: "socket" (also between GPUs, through pinned memory), "cuda", "mooncake" or "nixl".
+        mooncake_ib_device: RDMA devices for Mooncake (`parse_ib_devices`); "" for all.
         detect: False switches failure detection off (benchmarks only: what does being elastic cost?).
         faults: rank -> list of {"point", "action", "nth"}; for tests.
         fault_file: where running ranks look for faults (see `FaultFile`); for tests.
@@ -91,6 +94,7 @@ class ServeConfig:
     drain: str = "move"
     device: str = "cpu"
     dispatch: str = "socket"
+    mooncake_ib_device: str = ""
     detect: bool = True
     log_level: str = "WARNING"
     remote: RemoteRanks | None = None
@@ -105,6 +109,10 @@ class ServeConfig:
             raise InvalidInputError(f"--ep-size is {self.ep_size}; give at least 1")
         if self.dispatch == "cuda" and (self.device != "cuda" or self.remote is not None):
             raise InvalidInputError("--dispatch cuda is for ranks on the GPUs of this host: give --device cuda and no --remote-ranks")
+        if self.dispatch in INTEGRATED and self.device != "cuda":
+            raise InvalidInputError(f"--dispatch {self.dispatch} moves rows between GPUs: give --device cuda")
+        if self.mooncake_ib_device and self.dispatch != "mooncake":
+            raise InvalidInputError(f"--mooncake-ib-device is for --dispatch mooncake, not {self.dispatch}")
         if not 0 <= self.rebalance_bytes_per_s < float("inf"):
             raise InvalidInputError(f"--rebalance-bytes-per-second is {self.rebalance_bytes_per_s:g}; give 0 (no limit) or more")
         if not 0 <= self.scrub_bytes_per_s < float("inf"):
@@ -137,8 +145,8 @@ class ServeConfig:
 
     @property
     def num_seats(self) -> int:
-        """Ranks that the cuda dispatch backend has buffers for, those that join later included."""
-        return 2 * self.ep_size
+        """Ranks that dispatch backends with buffers have seats for; cuda's also for those that join later."""
+        return 2 * self.ep_size if self.dispatch == "cuda" else self.ep_size
 
     def topology(self, num_experts: int) -> Topology:
         """Slots evenly over the ranks: E + redundant, rounded up to a multiple of the ranks."""

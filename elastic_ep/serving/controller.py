@@ -31,7 +31,7 @@ from elastic_ep.runtime.weights.fingerprint import fingerprint
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.serving.agents import Agents, Hooks, no_point
 from elastic_ep.serving.backend import QueueFull, Unavailable
-from elastic_ep.serving.config import ServeConfig
+from elastic_ep.serving.config import INTEGRATED, ServeConfig
 from elastic_ep.serving.eventlog import EventLog
 from elastic_ep.serving.link import RankLink
 from elastic_ep.serving.metrics import Metrics
@@ -86,6 +86,7 @@ class Controller:
         self._unreported: set[tuple[int, int]] = set()
         """processes asked for, of which the launcher has said nothing yet"""
         self._backup_fd = -1
+        self._store: tuple[Any, str] | None = None  # kept so that it goes on; where ranks find it
         self._backup: HostBackup | None = None
         self._streams: dict[str, RequestStream] = {}
         self._faults = ShellFaults(FaultFile(config.fault_file), self._victim) if config.fault_file else None
@@ -121,6 +122,10 @@ class Controller:
             self._backup_fd = HostBackup.create(*shape)
             self._backup = HostBackup(self._backup_fd, *shape)
             log.warning("host backup: %d bytes of this host's memory for all experts, filled while serving", self._backup.num_bytes)
+        if self.config.dispatch in INTEGRATED:
+            from elastic_ep.integrations.rendezvous import host_store
+
+            self._store = host_store("127.0.0.1" if self.config.remote is None else self.config.remote.host)
         self.brain = Brain(self.settings, time.monotonic())
         self._desk = OperationDesk(self.brain.state, self._feed)
         await self._let_agents_in()
@@ -160,7 +165,8 @@ class Controller:
         self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
-        place = RankPlace(rank, incarnation, self._control, str(self._run_dir), self._token, self._backup_fd)
+        store = "" if self._store is None else self._store[1]
+        place = RankPlace(rank, incarnation, self._control, str(self._run_dir), self._token, self._backup_fd, store)
         return rank_program(place, self.config, self.brain.state.topology, self.settings.step_timeout_s)
 
     async def wait_serving(self) -> None:

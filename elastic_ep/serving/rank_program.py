@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from elastic_ep.core.topology import Topology
 from elastic_ep.runtime.control.address import tcp_address
 from elastic_ep.runtime.rank_config import RankConfig
-from elastic_ep.serving.config import ServeConfig
+from elastic_ep.serving.config import INTEGRATED, ServeConfig
 
 HEARTBEAT_INTERVAL_S = 0.1
 NO_HEARTBEAT_S = 86400.0
@@ -25,6 +25,8 @@ class RankPlace(NamedTuple):
     run_dir: str
     token: str
     host_backup_fd: int
+    store: str = ""
+    """where ranks of a kernel-masked library meet"""
 
 
 def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step_timeout_s: float) -> dict[str, Any]:
@@ -57,7 +59,15 @@ def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step
     }
     faults = config.faults.get(rank, []) if incarnation == 0 else []
     tests = {"faults": faults, "fault_file": config.fault_file}
-    dispatch = {"backend": config.dispatch, "num_seats": config.num_seats, "max_tokens": config.max_batch_tokens}
+    is_integrated = config.dispatch in INTEGRATED
+    dispatch = {
+        "backend": config.dispatch,
+        "num_seats": config.num_seats,
+        "max_tokens": config.max_batch_tokens,
+        "factory": "elastic_ep.integrations.ranks:make_dispatcher" if is_integrated else "",
+        "store": place.store,
+        "ib_devices": config.mooncake_ib_device,
+    }
     return {
         "rank": asdict(rank_config),
         "engine": engine,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +15,22 @@ from elastic_ep.models.gpu.arithmetic import Groups, Part, multiply_groups, swig
 from elastic_ep.models.gpu.slots import ELSEWHERE, DeviceSlots
 from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
+
+
+class HostBatch(NamedTuple):
+    """What a backend brought whose groups are numbers on the host; the like of `DeviceBatch`."""
+
+    rows: torch.Tensor
+    outputs: torch.Tensor
+    offsets: torch.Tensor
+
+    @staticmethod
+    def of(handle: DispatchHandle, num_experts: int) -> HostBatch:
+        counts = torch.zeros(num_experts + 1, dtype=torch.int32)
+        for expert, begin, end in handle.groups:
+            counts[expert + 1] = end - begin
+        offsets = counts.cumsum(0, dtype=torch.int32).to(handle.rows.device)
+        return HostBatch(handle.rows, torch.empty_like(handle.rows), offsets)
 
 
 @dataclass(frozen=True)
@@ -72,20 +89,21 @@ class DeviceExperts:
         """Dispatch, expert compute and combine. Raises StepVoid."""
         if state.enqueue is not None:
             batch = state.enqueue.enqueue_dispatch(x, ids, weights, self.layer)
-            self._compute(batch, state)
+            self._compute(batch, batch.state, state)
             return state.enqueue.enqueue_combine(batch)
         handle = state.dispatcher.dispatch(x, ids, weights, state.routing, StepPoint(state.routing.epoch, state.step, self.layer))
         if not isinstance(handle, DispatchHandle):
             raise StepVoid(handle)
-        self._compute(handle, state)
-        combined = state.dispatcher.combine(handle.state.outputs[: len(handle.rows)], handle)
+        brought: Any = handle.state if hasattr(handle.state, "offsets") else HostBatch.of(handle, len(state.tables[self.layer]))
+        self._compute(handle, brought, state)
+        combined = state.dispatcher.combine(brought.outputs[: len(handle.rows)], handle)
         if not isinstance(combined, torch.Tensor):
             raise StepVoid(combined)
         return combined
 
-    def _compute(self, handle: DispatchHandle, state: DeviceStep) -> None:
-        """Run the rows of `handle.state` through their experts, into its `outputs`; not weighted."""
-        rows, outputs, offsets = handle.state.rows, handle.state.outputs, handle.state.offsets
+    def _compute(self, handle: DispatchHandle, batch: Any, state: DeviceStep) -> None:
+        """Run the rows of the batch (a DeviceBatch, or like one) through their experts, into its `outputs`; not weighted."""
+        rows, outputs, offsets = batch.rows, batch.outputs, batch.offsets
         if not len(rows):
             return
         table = state.tables[self.layer, : len(offsets) - 1]
