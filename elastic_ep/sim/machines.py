@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FILL_S = 0.02
 """how long a rank's upkeep takes for one expert"""
+Backups = dict[str, NDArray[np.bool_]]
+"""node label -> bool [L, E]: what is in that node's memory"""
 HERE = ""
 """the name of the controller's host"""
 
@@ -66,7 +68,7 @@ def read(world: World, process: Process, load: LoadOrder) -> int | None:
         if found is None:
             continue
         content, known = found
-        if world.takes_flip(process, load.layer, load.expert):
+        if takes_flip(world, process, load.layer, load.expert):
             content ^= 1 << 17
         expected = known if load.digest is None else load.digest
         if expected is None or content == expected:
@@ -79,7 +81,7 @@ Found = tuple[int, int | None]
 
 
 def _from_peer(world: World, process: Process, machine: Machine, load: LoadOrder) -> Found | None:
-    content = world.read_from_peer(process, load)
+    content = read_from_peer(world, process, load)
     return None if content is None else (content, None)
 
 
@@ -108,8 +110,38 @@ def fill(world: World, process: Process) -> bool:
             if machine.disk_fails:
                 return False
             content = tokens.expert_bytes(*pair)
-            if world.takes_flip(process, *pair):
+            if takes_flip(world, process, *pair):
                 content ^= 1 << 17
             machine.backup[pair] = (content, content)
             return True
     return False
+
+
+def backups(world: World) -> Backups:
+    """What is in the memory of hosts that can be reached, under the label of each of their nodes."""
+    if not world.schedule.has_backup:
+        return {}
+    topology, shape = world.brain.state.topology, (world.settings.num_layers, world.settings.plan.num_experts)
+    labels = topology.labels("node" if "node" in topology.domains else "rank")
+    here = [rank for rank in range(len(labels)) if rank not in world.hosts or world.hosts[rank].holder]
+    has = {machine: machine.experts(shape) for machine in {world.machine_of(rank).name: world.machine_of(rank) for rank in here}.values()}
+    return {labels[rank]: has[world.machine_of(rank)] for rank in here}
+
+
+def takes_flip(world: World, process: Process, layer: int, expert: int) -> bool:
+    """Whether this read has a bit wrong. Not the first read of an expert, which sets its digest: that is outside the promises."""
+    if not world.flips.get(process.rank) or (layer, expert) not in world.brain.state.digests:
+        return False
+    world.flips[process.rank] -= 1
+    return True
+
+
+def read_from_peer(world: World, reader: Process, load: LoadOrder) -> int | None:
+    """The bytes that the ordered peer, or the reader itself, holds; None if it holds none or can't be reached."""
+    if load.peer < 0:
+        return None
+    process = world.processes.get((load.peer, world.brain.state.seats[load.peer].incarnation))
+    if process is None or not process.is_alive or process.is_stopped or world.net.wire(reader.rank, load.peer).is_cut:
+        return None
+    wanted = (load.layer, load.expert)
+    return next((content for (layer, _), (expert, content) in process.held.items() if (layer, expert) == wanted), None)

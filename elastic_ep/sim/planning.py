@@ -14,9 +14,9 @@ from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.messages import Install
 from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.topology import Topology
+from elastic_ep.sim.machines import Backups
 from elastic_ep.sim.routing import Routing
 
-Backups = dict[str, NDArray[np.bool_]]
 REMEMBERED = 20_000
 _plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _solved: OrderedDict[tuple[Any, ...], planner.Solved] = OrderedDict()

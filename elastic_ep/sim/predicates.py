@@ -18,7 +18,9 @@ from elastic_ep.core.recovery import Phase
 from elastic_ep.sim import tokens
 from elastic_ep.sim.planning import describe, topology_of
 from elastic_ep.sim.process import Process
-from elastic_ep.sim.world import NOTHING, Declared, Heard, World
+from elastic_ep.sim.records import NOTHING, Declared, Heard
+from elastic_ep.sim.settling import unsettled
+from elastic_ep.sim.world import World
 
 
 class Violation(Exception):
@@ -381,5 +383,5 @@ def check_end(world: World, patience_s: float) -> None:
         done = client.finish or client.is_cancelled
         phase: Any = world.brain.state.group.phase.value
         require(done, "any_rank_may_die", f"request {name} has {len(client.tokens)} tokens {patience_s:g} s after the last fault, {phase}")
-    left = world.unsettled()
+    left = unsettled(world)
     require(not left, "bounded_waits", f"{left} {patience_s:g} s after the last fault")

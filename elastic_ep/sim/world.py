@@ -8,24 +8,23 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from elastic_ep.brain import events as ev
-from elastic_ep.brain import members
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.messages import Heartbeat, Hello, Install, LoadOrder, SamplingParams, StartOver
-from elastic_ep.brain.seats import SeatState
 from elastic_ep.core.recovery import Phase
-from elastic_ep.sim import faults, planning, tokens
+from elastic_ep.sim import faults, machines, planning
 from elastic_ep.sim.agents import WAIT_S, hosts_of
 from elastic_ep.sim.machines import HERE, Machine
 from elastic_ep.sim.mesh import EOF, Call
 from elastic_ep.sim.network import CONTROLLER, Channel, Network
 from elastic_ep.sim.process import Process
+from elastic_ep.sim.records import NOTHING, Client, Heard
 from elastic_ep.sim.routing import Routing
 from elastic_ep.sim.schedule import MAX_WAIT, Fault, Order, Request, Schedule
+from elastic_ep.sim.settling import unsettled
 from elastic_ep.sim.timeline import Timeline
 
 LATENCY_S = 0.0002
@@ -35,47 +34,6 @@ NEVER = 1 << 60
 
 class LivelockError(Exception):
     """The brain keeps itself busy without any time passing."""
-
-
-@dataclass(slots=True)
-class Heard:
-    """One event that the brain was given, and what it answered. `fingerprint` is set where it came from a process given up before."""
-
-    event: ev.Event
-    commands: list[ev.Command]
-    fingerprint: tuple[Any, ...] | None = None
-    after: tuple[Any, ...] | None = None
-    is_beat: bool = False
-    """a sign of life that led to nothing"""
-    has_installed: bool = False
-    """an epoch has just come into force"""
-
-
-@dataclass
-class Client:
-    """What one request has received."""
-
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    finish: str = ""
-    error: str = ""
-    is_cancelled: bool = False
-
-    @cached_property
-    def wanted(self) -> list[int]:
-        """What a run without faults gives."""
-        return tokens.expected_tokens(self.request.prompt, self.request.max_tokens)
-
-
-class Declared(NamedTuple):
-    """What the placement in force is said to survive, and the members of which that was said; of nobody while an install is under way."""
-
-    any_ranks: int
-    any_node: bool
-    members: frozenset[tuple[int, int]]
-
-
-NOTHING = Declared(0, False, frozenset())
 
 
 class World:
@@ -165,25 +123,7 @@ class World:
         """Every fault and request has been, and nothing is left to wait for."""
         if not self.is_past_schedule or self.operation_runs:
             return False
-        return all(c.finish or c.is_cancelled for c in self.clients.values()) and self.unsettled() == ""
-
-    def unsettled(self) -> str:
-        """What is still to come though no client waits for it: hosts that return, seats that are filled, redundancy. "" when nothing is."""
-        state = self.brain.state
-        if self.stopped is not None or state.stopping:
-            return ""
-        for host in self.hosts.values():
-            if not host.agent or host.holder != host.agent:
-                return f"host {host.machine.name} is away"
-        settled = (SeatState.ACTIVE, SeatState.READY) if state.group.phase is Phase.REFUSING else (SeatState.ACTIVE,)
-        for seat in state.seats:
-            if seat.state not in settled and (seat.is_alive or seat.state is SeatState.FENCING or members.may_restart(state, seat)):
-                return f"rank {seat.rank} is {seat.state.value}"
-        for process in self.processes.values():
-            if process.is_alive and not process.is_stopped and not self.brain.expects(process.rank, process.incarnation):
-                return f"process {process.incarnation} of rank {process.rank} was given up, and runs on"
-        is_calm = state.change is None and state.next_round is None and not state.restore_due and state.group.phase is Phase.SERVING
-        return "" if is_calm or state.group.phase is Phase.REFUSING else f"the group is {state.group.phase.value}, and changes"
+        return all(c.finish or c.is_cancelled for c in self.clients.values()) and unsettled(self) == ""
 
     @property
     def operation_runs(self) -> bool:
@@ -316,7 +256,7 @@ class World:
                 self.timeline.after(0.01 + 0.02 * self.rng.random(), self.spawn, command.rank, command.incarnation)
             case ev.MakePlan():
                 self.plans_due += 1
-                answer = planning.answer(self.brain, command, self.backups())
+                answer = planning.answer(self.brain, command, machines.backups(self))
                 if self.schedule.plan_s:
                     self.timeline.after(self.schedule.plan_s * (0.5 + self.rng.random()), self.planned, answer)
                 else:
@@ -487,33 +427,6 @@ class World:
         """The host under a rank."""
         host = self.hosts.get(rank)
         return self.machines[HERE] if host is None else host.machine
-
-    def backups(self) -> planning.Backups:
-        """What is in the memory of hosts that can be reached, under the label of each of their nodes."""
-        if not self.schedule.has_backup:
-            return {}
-        topology, shape = self.brain.state.topology, (self.settings.num_layers, self.settings.plan.num_experts)
-        labels = topology.labels("node" if "node" in topology.domains else "rank")
-        here = [rank for rank in range(len(labels)) if rank not in self.hosts or self.hosts[rank].holder]
-        has = {machine: machine.experts(shape) for machine in {self.machine_of(rank).name: self.machine_of(rank) for rank in here}.values()}
-        return {labels[rank]: has[self.machine_of(rank)] for rank in here}
-
-    def takes_flip(self, process: Process, layer: int, expert: int) -> bool:
-        """Whether this read has a bit wrong. Not the first read of an expert, which sets its digest: that is outside the promises."""
-        if not self.flips.get(process.rank) or (layer, expert) not in self.brain.state.digests:
-            return False
-        self.flips[process.rank] -= 1
-        return True
-
-    def read_from_peer(self, reader: Process, load: LoadOrder) -> int | None:
-        """The bytes that the ordered peer, or the reader itself, holds; None if it holds none or can't be reached."""
-        if load.peer < 0:
-            return None
-        process = self.processes.get((load.peer, self.brain.state.seats[load.peer].incarnation))
-        if process is None or not process.is_alive or process.is_stopped or self.net.wire(reader.rank, load.peer).is_cut:
-            return None
-        wanted = (load.layer, load.expert)
-        return next((content for (layer, _), (expert, content) in process.held.items() if (layer, expert) == wanted), None)
 
     def dense_load_s(self) -> float:
         return 0.02 + 0.1 * self.rng.random()

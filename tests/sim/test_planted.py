@@ -112,7 +112,7 @@ def checks_no_digest(monkeypatch):
 
     def read(world, process, load):
         content = tokens.expert_bytes(load.layer, load.expert)
-        return content ^ world.takes_flip(process, load.layer, load.expert)
+        return content ^ machines.takes_flip(world, process, load.layer, load.expert)
 
     monkeypatch.setattr(epochs, "record_loaded", record_loaded)
     monkeypatch.setattr(machines, "read", read)
