@@ -176,10 +176,10 @@ def pick_sources(
 def _options(
     node: tuple[str, ...], rank: int, holders: Iterable[tuple[int, int]], backup: NDArray[np.bool_] | None, layer: int, expert: int
 ) -> list[Source]:
-    """Every way to bring an expert to ``rank``: from ``holders`` (rank, slot), the host's backup, the checkpoint."""
-    options = [Source(SourceKind.CHECKPOINT)]
-    if backup is not None and backup[layer, expert]:
-        options.append(Source(SourceKind.HOST))
+    """Every way to bring an expert to ``rank``: from ``holders`` (rank, slot), the host's backup, else the checkpoint. A rank that can have
+    it from the host never reads files: both ways end in the same processor, and the files are the slower."""
+    has_backup = backup is not None and backup[layer, expert]
+    options = [Source(SourceKind.HOST if has_backup else SourceKind.CHECKPOINT)]
     for peer, slot in holders:
         kind = SourceKind.LOCAL if peer == rank else SourceKind.SAME_NODE if node[peer] == node[rank] else SourceKind.OTHER_NODE
         options.append(Source(kind, peer, slot))

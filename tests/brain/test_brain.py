@@ -502,7 +502,7 @@ def test_a_copy_with_another_digest_is_refused():
     serve_all(world)
     world.inbox.clear()
     world.kill(1)
-    ((rank, install),) = [(r, m) for r, m in world.inbox if isinstance(m, Install) and m.loads]
+    rank, install = next((r, m) for r, m in world.inbox if isinstance(m, Install) and m.loads)
     loaded = [LoadedSlot(order.layer, order.slot, order.expert, 8) for order in install.loads]
     world.mute.add(rank)
     world.say(rank, Installed(install.epoch, tuple(loaded), {}, 0.1))

@@ -211,7 +211,7 @@ def test_an_operation_whose_change_always_fails_is_undone():
 
 def test_a_leaver_serves_and_is_read_from_until_the_last_round():
     """With one staging slot a drain takes several rounds. No expert is ever streamed, and what only the leaver holds comes from it."""
-    world = loaded_world(stream=False, staging_slots=1, slots_per_rank=3)
+    world = loaded_world(stream=False, staging_slots=1, slots_per_rank=3, num_layers=6)
     state = world.brain.state
     before = len(world.plans)
     drain(world, 3)

@@ -157,6 +157,17 @@ def test_a_moderate_death_costs_what_was_promised():
     assert plan.balance_with_quotas >= 0.985
 
 
+def test_lost_experts_are_shared_out_among_the_ranks_that_can_read_them():
+    """With equal loads all layers look alike, and the first rank that will do would be asked to read for all of them."""
+    topology = Topology.uniform(32, 288)
+    load = np.ones((58, 256))
+    first = solve_placement(load, topology, np.ones(32))
+    plan = solve_placement(load, topology, np.arange(32) != 5, first.placement, max_moves=0)
+    reads = np.bincount([move.slot // 9 for move in plan.moves], minlength=32)
+    assert reads.sum() == len(plan.lost) > 400
+    assert reads.max() <= -(-reads.sum() // 30), "30 ranks hold an expert that has another replica"
+
+
 def test_two_replicas_on_distinct_nodes_lose_nothing_with_any_node_and_stay_level():
     load = np.random.default_rng(2).lognormal(0, 1, (6, 256))
     topology = Topology.uniform(32, 544, nodes=[str(r // 8) for r in range(32)])

@@ -37,6 +37,7 @@ static size_t lay_out(Layer *s, char *base) {
     s->mine = carve(&at, P, sizeof(Mine));
     s->room = carve(&at, R, sizeof(i64));
     s->stamp = carve(&at, R, sizeof(i64));
+    s->covered = carve(&at, R, sizeof(i64));
     s->bond = carve(&at, s->partner_start[R], sizeof(double));
     s->tree = carve(&at, 2 * s->leaves, sizeof(double));
     s->winner = carve(&at, 2 * s->leaves, sizeof(i32));
@@ -66,6 +67,7 @@ static size_t lay_out_saved(Saved *v, const Layer *s, char *base) {
 static void set_world(Layer *s) {
     i64 R = s->num_ranks, n = 0, total = 0;
     memset(s->stamp, 0, sizeof(i64) * (size_t)R);
+    memset(s->covered, 0, sizeof(i64) * (size_t)R);
     if (s->need > 1) {
         memset(s->paired, 0, (size_t)(R * R));
         for (i64 r = 0; r < R; r++)

@@ -148,7 +148,14 @@ def _solve_native(
 def _solve_python(
     problem: Problem, load: NDArray[np.float64], held: NDArray[np.int64] | None, limits: NDArray[np.int64] | None, trace_steps: int
 ) -> Solution:
-    world = World(problem.rank_of_slot.tolist(), problem.alive.tolist(), problem.domain.tolist(), problem.partners, problem.need)
+    world = World(
+        problem.rank_of_slot.tolist(),
+        problem.alive.tolist(),
+        problem.domain.tolist(),
+        problem.partners,
+        problem.need,
+        [0] * len(problem.alive),
+    )
     out = []
     for index, weight in enumerate(load.tolist()):
         most = None if limits is None else (int(limits[index, 0]), int(limits[index, 1]), int(limits[index, 2]))

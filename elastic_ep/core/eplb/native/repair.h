@@ -22,13 +22,13 @@ static i64 list_lost(Layer *s) {
     return n;
 }
 
-/* Where a lost expert raises the peak least: in an empty slot before others, and in that of an expert with a replica to
- * spare before the rest. -1: nowhere, which cannot be with a slot for every expert. */
+/* Where a lost expert raises the peak least, among equals on the rank that was given fewest so far: in an empty slot before others,
+ * and in that of an expert with a replica to spare before the rest. -1: nowhere, which cannot be with a slot for every expert. */
 static i64 find_cover(Layer *s, i64 e) {
-    i64 best = -1, grade_best = 3;
+    i64 best = -1, grade_best = 3, taken_best = 0;
     double top = INFINITY;
     for (i64 i = 0; i < s->num_live; i++) {
-        i64 r = s->live[i];
+        i64 r = s->live[i], taken = s->covered[r];
         for (i64 t = s->first[r]; t < s->last[r]; t++) {
             i64 v = s->place[t], grade = 0;
             double peak = s->load[r] + s->weight[e];
@@ -40,8 +40,9 @@ static i64 find_cover(Layer *s, i64 e) {
                 peak -= s->share[v];
                 if (other > peak) peak = other;
             }
-            if (grade < grade_best || (grade == grade_best && peak < top)) {
+            if (grade < grade_best || (grade == grade_best && (peak < top || (peak == top && taken < taken_best)))) {
                 grade_best = grade;
+                taken_best = taken;
                 top = peak;
                 best = t;
             }
@@ -62,6 +63,7 @@ static int cover(Layer *s) {
         }
         fill(s, slot, e);
         s->covers[slot] = 1;
+        s->covered[s->rank_of_slot[slot]]++;
         s->reference[slot] = (i32)e;
     }
     return 0;

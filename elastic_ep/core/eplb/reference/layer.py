@@ -21,6 +21,7 @@ class World:
         domain: failure domain of each rank.
         partners: per rank, the ranks that should hold the other replicas of its experts.
         need: replicas on distinct domains that each expert should have.
+        covered: lost experts that each rank was given so far, in all layers.
     """
 
     rank_of_slot: Sequence[int]
@@ -28,6 +29,7 @@ class World:
     domain: Sequence[int]
     partners: Sequence[Sequence[int]]
     need: int
+    covered: list[int]
 
 
 class Layer:
@@ -44,6 +46,7 @@ class Layer:
         self.weight = weight
         self.num_experts, self.num_slots, self.num_ranks = len(weight), len(world.rank_of_slot), len(world.alive)
         self.rank_of_slot, self.domain, self.partners, self.need = world.rank_of_slot, world.domain, world.partners, world.need
+        self.covered = world.covered
         self.slots: list[list[int]] = [[] for _ in world.alive]
         for slot, rank in enumerate(world.rank_of_slot):
             if world.alive[rank]:

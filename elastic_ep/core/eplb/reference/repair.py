@@ -8,11 +8,12 @@ from elastic_ep.core.eplb.reference.layer import FREE, Layer, descending
 
 
 def cover(layer: Layer) -> int:
-    """Give every expert that no slot holds one, heaviest first, where it raises the peak least; empty slots before others, and those of
-    experts that have a replica to spare before the rest. Returns the moves made."""
+    """Give every expert that no slot holds one, heaviest first, where it raises the peak least, and among equals on the rank that was
+    given fewest in this and earlier layers, as each reads its own. Empty slots come before others, and those of experts that have a
+    replica to spare before the rest. Returns the moves made."""
     lost = [e for e in descending(layer.weight) if not layer.hosts[e]]
     for expert in lost:
-        best: tuple[int, float, int] | None = None
+        best: tuple[int, float, int, int] | None = None
         for rank in layer.live:
             for slot in layer.slots[rank]:
                 victim, grade, peak = layer.place[slot], 0, layer.load[rank] + layer.weight[expert]
@@ -21,10 +22,11 @@ def cover(layer: Layer) -> int:
                         continue
                     grade = 1 if layer.may_drop(victim, rank) else 2
                     peak = max(peak - layer.share[victim], layer.peak_without(slot))
-                if best is None or (grade, peak) < best[:2]:
-                    best = (grade, peak, slot)
+                if best is None or (grade, peak, layer.covered[rank]) < best[:3]:
+                    best = (grade, peak, layer.covered[rank], slot)
         assert best is not None, "a lost expert has nowhere to go, which cannot be with a slot for every expert"
-        slot = best[2]
+        slot = best[3]
+        layer.covered[layer.rank_of_slot[slot]] += 1
         if layer.place[slot] != FREE:
             layer.spare[layer.place[slot]] -= 1
             layer.clear(slot)
