@@ -71,7 +71,7 @@ def test_a_slower_replacement_leaves_less_capacity():
 
 
 def test_an_even_load_places_all_layers_alike():
-    """So one layer may stand for all where there are too many to place."""
+    """While no expert is lost. So one layer may stand for all where there are too many to place."""
     settings, topology = Setup(16, 3, 4, 4, 24, 1, 4).brain_settings().plan, Setup(16, 3, 4, 4, 24, 1, 4).topology()
     rows = np.full((4, 48), -1)
     for active in ((1,) * 16, (1,) * 5 + (0,) + (1,) * 10):
