@@ -143,6 +143,7 @@ def bounded_waits(world: World) -> None:
     limit = 2 * world.settings.heartbeat_timeout_s + SLACK_S
     for (rank, incarnation), (since, how) in world.harmed.items():
         seat = state.seats[rank]
+        since = max(since, world.greeted.get((rank, incarnation), since))  # before its hello, only the boot's deadline holds
         if now > since + limit and seat.incarnation == incarnation and seat.is_alive and seat.state is not SeatState.STARTING:
             raise Violation("bounded_waits", f"rank {rank}: {how} {now - since:.2f} s ago, and not given up")
 

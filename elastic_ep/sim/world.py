@@ -63,6 +63,8 @@ class World:
         self.down: dict[tuple[int, int], Channel] = {}
         self.by_address: dict[str, Process] = {}
         self.harmed: dict[tuple[int, int], tuple[float, str]] = {}
+        self.greeted: dict[tuple[int, int], float] = {}
+        """when the hello of each process came"""
         self.unkillable: set[int] = set()
         self.flips: dict[int, int] = {}
         """seat -> reads to come, in whichever process, whose bytes will have one bit wrong"""
@@ -330,6 +332,7 @@ class World:
         if message is EOF:
             self.feed(ev.RankFailed(*key, ev.FailureCause.CHANNEL_CLOSED))
         elif isinstance(message, Hello):
+            self.greeted[key] = self.timeline.now
             if process.rank in self.hosts and not self.brain.expects(*key):
                 self.down[key].send(StartOver("it was given up before it spoke"))
             self.feed(ev.RankConnected(message))
