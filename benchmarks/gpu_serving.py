@@ -184,9 +184,10 @@ def peer(folder: Path, tokens: int) -> dict[str, float]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_transformers, args=(str(folder), tokens, theirs), daemon=True)
     process.start()
+    theirs.close()  # so that its death is seen
     if not ours.poll(300):
         process.kill()
-        return {}
+        raise TimeoutError("transformers was not done after 300 s")
     seconds = float(np.median(ours.recv()))
     process.join()
     return {"tokens_per_s": NUM_STREAMS * tokens / seconds, "step_ms": 1e3 * seconds / tokens}

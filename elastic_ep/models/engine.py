@@ -26,7 +26,6 @@ from elastic_ep.runtime.engine import StepOutput
 from elastic_ep.runtime.weights.base import Piece, SlotLayout
 from elastic_ep.runtime.weights.checkpoint import CheckpointSource, TensorReader
 
-NUM_SPARE = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
 
 
@@ -53,7 +52,7 @@ class ElasticEngine:
         kv_tokens: int,
         dtype: str | None = None,
         fast_math: bool = False,
-        num_spare: int = NUM_SPARE,
+        num_spare: int = 4,
         num_threads: int = 1,
         count_experts: bool = True,
     ):

@@ -26,7 +26,12 @@ def sample(logits: NDArray[np.float32], params: SamplingParams, position: int) -
     top_p below 1, of the fewest tokens whose mass reaches top_p, from the most likely (equals by id). Log-probabilities are those of
     the untouched distribution.
     """
-    token = int(logits.argmax()) if params.temperature == 0 else _draw(logits, params, position)
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):  # the largest is NaN or infinite: there is nothing to draw from
+        lowest, highest = float(np.finfo(np.float32).min), float(np.finfo(np.float32).max)
+        logits = np.nan_to_num(logits, nan=lowest, posinf=highest, neginf=lowest)
+    elif params.temperature:
+        token = _draw(logits, params, position)
     if params.top_logprobs is None:
         return Sampled(token, None, ())
     logprobs = _log_softmax(logits)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from elastic_ep.core.errors import CheckpointError, InvalidInputError
+from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
 from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, read_verified, zeroed
@@ -40,7 +40,7 @@ class _Staged(NamedTuple):
 
 
 class ExpertSlots:
-    """`num_layers` x `num_slots` slots of one layout, and as many buffers beside them as were ever staged at a time.
+    """`num_layers` x `num_slots` slots of one layout, and as many buffers beside them as were ever staged at a time, in whole arenas.
 
     A slot that adopts what was staged gives its own buffer to the next staging, so that memory neither grows nor has to be asked for
     again.
@@ -97,7 +97,7 @@ class ExpertSlots:
         buffer = self._take()
         try:
             loaded = self._read(load.layer, load.expert, buffer.memory, sources, digest)
-        except CheckpointError:
+        except BaseException:
             self._free.append(buffer)
             raise
         self._unstage((load.layer, load.local_slot))
@@ -113,6 +113,7 @@ class ExpertSlots:
         if staged.expert != expert:
             self._free.append(staged.buffer)
             return None
+        self._hold(layer, slot, None)  # so that no peer is sent the new bytes as the old expert's
         before, self._slots[layer][slot] = self._slots[layer][slot], staged.buffer
         self._hold(layer, slot, expert)
         self._free.append(before)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from elastic_ep.core.errors import InvalidInputError
-from elastic_ep.models.engine import NUM_SPARE, ElasticEngine
+from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.models.spec import inspect_checkpoint
 from elastic_ep.runtime.dispatch.base import MeshDispatcher
 from elastic_ep.runtime.dispatch.faulty import FaultyDispatcher
@@ -93,7 +93,7 @@ def make_backend(
         spec = inspect_checkpoint(engine["checkpoint_dir"])
         sizes = {
             "ep_size": dispatch.num_seats,
-            "experts_per_rank": min(spec.num_experts, engine["local_slots"] + NUM_SPARE),
+            "experts_per_rank": spec.num_experts,  # the last rank serves all of them, from slots or streamed
             "max_tokens": dispatch.max_tokens,
             "top_k": spec.num_experts_per_tok,
             "hidden": spec.hidden_size,

@@ -62,7 +62,7 @@ class Slots(Protocol):
         ...
 
     def adopt(self, load: SlotLoad) -> int | None:
-        """Put what was staged for the slot into it, without copying. Returns its digest, None if this expert was not staged for it."""
+        """Put what was staged for the slot into it, at once. Returns its digest, None if this expert was not staged for it."""
         ...
 
     def drop_staged(self) -> None:

@@ -166,14 +166,14 @@ class FaultFile:
         """Look; True after another file was read. One that is gone has no faults. Replace it, never write to it in place."""
         try:
             stat = os.stat(self.path)
+            if (stat.st_ino, stat.st_mtime_ns) == self._seen:
+                return False
+            with open(self.path) as file:
+                stat, record = os.fstat(file.fileno()), json.load(file)
         except FileNotFoundError:
             self.faults = []
             return False
         seen = stat.st_ino, stat.st_mtime_ns
-        if seen == self._seen:
-            return False
-        with open(self.path) as file:
-            record = json.load(file)
         self._seen, self.id = seen, record["id"]
         self.faults = [parse_fault(**fault) for fault in record["faults"]]
         return True

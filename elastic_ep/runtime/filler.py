@@ -63,9 +63,10 @@ class Filler:
                 if is_interrupted():
                     out.is_interrupted = True
                     return out
+                self._faults.reach("load_expert")
                 if not self._has(load, out):
                     if load.source == SourceKind.LOCAL.value:
-                        self._begin(load)
+                        self._held.pop((load.layer, load.slot), None)
                         self._note(load, self._read(load), out)
                     else:
                         reads.append(load)
@@ -87,19 +88,18 @@ class Filler:
                     self._held[key] = held  # until it is overwritten
                 return False
             held = self._held[key] = (load.expert, digest)
-        self._faults.reach("load_expert")
         out.slots.append(LoadedSlot(load.layer, load.slot, *held))
         self._faults.reach("expert_loaded")
         return True
 
     def _read_all(self, reads: Sequence[LoadOrder], is_interrupted: Callable[[], bool], out: Filled) -> None:
-        """Always leaves no read under way."""
+        """Leaves no read under way, but when something else than a source fails, which ends the process."""
         pending: deque[tuple[LoadOrder, Future[Loaded]]] = deque()
         for load in reads:
             out.is_interrupted = out.is_interrupted or is_interrupted()
             if out.is_interrupted or out.failure:
                 break
-            self._begin(load)
+            self._held.pop((load.layer, load.slot), None)
             pending.append((load, self._submit(load)))
             if len(pending) > self._slots.readers:
                 self._finish(*pending.popleft(), out)
@@ -123,10 +123,6 @@ class Filler:
             self._note(load, future.result(), out)
         except CheckpointError as error:
             out.failure = out.failure or str(error)
-
-    def _begin(self, load: LoadOrder) -> None:
-        self._faults.reach("load_expert")
-        self._held.pop((load.layer, load.slot), None)
 
     def _read(self, load: LoadOrder) -> Loaded:
         return self._slots.load(self._place(load), self._sources.chain(load, {}), load.digest)

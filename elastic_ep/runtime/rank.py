@@ -289,7 +289,13 @@ def run(
         return EXIT_CONTROLLER_GONE
     channel = ControlChannel(sock)
     faults = make_faults(sock)
-    dispatcher = make_dispatcher(sock, faults)
+    try:
+        dispatcher = make_dispatcher(sock, faults)
+    except ElasticEPError as error:
+        token = config.token if sock.family == socket.AF_UNIX else ""
+        channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), token, "", ""))
+        channel.send(RankFatal(str(error)))
+        return EXIT_FATAL
     try:
         weights = _say_hello(channel, config, dispatcher)
         beat = (channel, config.heartbeat_interval_s, config.guardian_pid)

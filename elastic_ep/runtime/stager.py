@@ -5,6 +5,7 @@ Between orders the same thread does the rank's upkeep.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -13,15 +14,18 @@ from collections import Counter
 from collections.abc import Callable
 
 from elastic_ep.brain.messages import Install, RankFatal, Stage, Staged, StageFailed
-from elastic_ep.core.errors import CheckpointError, WrongExpertError
+from elastic_ep.core.errors import CheckpointError, ElasticEPError, WrongExpertError
 from elastic_ep.runtime.engine import SlotLoad, Slots
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.upkeep import Upkeep
 from elastic_ep.runtime.weights.base import LocalSource
 from elastic_ep.runtime.weights.sources import Sources
 
+log = logging.getLogger(__name__)
+
 _PATIENCE_S = 0.05
-EXIT_WRONG_EXPERT = 5
+_RETRY_S = 1.0
+EXIT_WRONG_EXPERT = 6
 
 
 class Stager:
@@ -71,7 +75,7 @@ class Stager:
                 answer = self._stage(stage)
             except CheckpointError as error:
                 answer = StageFailed(stage.change, str(error))
-            except (OSError, MemoryError, RuntimeError) as error:  # no memory to stage in, above all
+            except (OSError, MemoryError, RuntimeError, ElasticEPError) as error:  # no memory to stage in, above all
                 answer = StageFailed(stage.change, f"{type(error).__name__}: {error}")
             if answer is not None:
                 try:
@@ -91,8 +95,13 @@ class Stager:
             try:
                 wait_s = self._upkeep.step()
             except WrongExpertError as error:
-                self._send(RankFatal(str(error)))
-                os._exit(EXIT_WRONG_EXPERT)
+                try:
+                    self._send(RankFatal(str(error)))
+                finally:
+                    os._exit(EXIT_WRONG_EXPERT)
+            except (OSError, MemoryError, RuntimeError, ElasticEPError) as error:
+                log.warning("upkeep: %s: %s; tried again in %g s", type(error).__name__, error, _RETRY_S)
+                wait_s = _RETRY_S
 
     def _wait_until(self, when: float, stage: Stage) -> None:
         """Keep to the budget, but not past the end of the order."""

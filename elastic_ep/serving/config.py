@@ -182,6 +182,10 @@ class ServeConfig:
         return SchedulerLimits(kv_tokens, self.max_sequences, self.max_batch_tokens, self.prefill_chunk, page)
 
     def brain_settings(self, spec: ModelSpec) -> BrainSettings:
+        if self.dispatch in INTEGRATED and (self.dtype or spec.dtype) != "bfloat16":
+            raise InvalidInputError(
+                f"--dispatch {self.dispatch} moves bfloat16 rows, the model computes in {self.dtype or spec.dtype}; give --dtype bfloat16"
+            )
         slot_bytes = spec.slot_bytes(self.dtype)
         return BrainSettings(
             topology=self.topology(spec.num_experts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -137,10 +138,9 @@ class ShellFaults(FaultPlan):
 
 def _do(action: FaultAction, victim: Victim, pid: int) -> None:
     match action:
-        case FaultAction.KILL:
-            os.kill(pid, signal.SIGKILL)
-        case FaultAction.STOP:
-            os.kill(pid, signal.SIGSTOP)
+        case FaultAction.KILL | FaultAction.STOP:
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself, which nobody has been told yet
+                os.kill(pid, signal.SIGKILL if action is FaultAction.KILL else signal.SIGSTOP)
         case FaultAction.CLOSE:
             assert victim.cut is not None
             victim.cut()

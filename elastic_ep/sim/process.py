@@ -174,7 +174,10 @@ class Process:
         self.is_stopped, self.stopped_at = False, None
         while self.frozen and self.is_alive and not self.is_stopped:
             call, args = self.frozen.popleft()
-            self.guarded(call, *args)
+            if call == self.die:
+                self.die()  # by its heartbeat thread, whatever hangs
+            else:
+                self.guarded(call, *args)
 
     # ---- the loop
 

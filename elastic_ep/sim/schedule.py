@@ -49,7 +49,7 @@ class FaultKind(enum.Enum):
     FLIP_BACKUP = "flip_backup"
     """one bit of a host's copy of the experts changes"""
     FLIP_SLOT = "flip_slot"
-    """one bit of a slot changes after it was verified. Nothing re-reads slots, so this is outside the promises, and never drawn"""
+    """one bit of a slot changes after it was verified. Until slots are looked at next that is outside the promises, so it is never drawn"""
 
 
 DRAWN = {

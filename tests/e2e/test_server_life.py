@@ -14,8 +14,11 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
 
 from elastic_ep.testing.server import ServerProcess, rank_processes
+
+NO_GPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def elastic_ep(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -79,6 +82,8 @@ def test_a_bad_checkpoint_is_one_line(broken, name):
         (["--fault", "0:step_begin:explode"], ["explode", "kill"]),
         (["--step-timeout", "0"], ["--step-timeout is 0"]),
         (["--kv-tokens", "0"], ["--kv-tokens is 0"]),
+        (["--dispatch", "cuda"], ["--dispatch cuda", "--device cuda"]),
+        pytest.param(["--device", "cuda"], ["sees no GPU", "--device cpu"], marks=NO_GPU_ONLY),
     ],
 )
 def test_a_bad_argument_names_value_and_cure(checkpoint, arguments, words):

@@ -91,3 +91,13 @@ def test_extreme_logits() -> None:
     for temperature in (0.0, 1e-6, 1.0, 100.0):
         out = sample(logits, SamplingParams(temperature=temperature, seed=1, top_logprobs=2), 0)
         assert (out.token, out.logprob) == (1, 0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("count", [1, 3, 500])
+def test_logits_that_are_no_numbers_end_in_a_token(bad: float, count: int) -> None:
+    """A nucleus is never looked for among them: that search would not end."""
+    logits = logits_of(500, 7)
+    logits[:count] = bad
+    for params in (SamplingParams(seed=1, top_p=0.9, top_logprobs=3), SamplingParams(temperature=0)):
+        assert sample(logits, params, 0).token == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,30 @@ def test_a_copy_has_the_digest_of_its_bytes(by):
         assert (memory[begin + n :] == 170).all(), "nothing after it is touched"
 
 
+def test_what_is_copied_is_what_was_digested_though_somebody_writes_there(by):
+    """A slot that is overwritten while it is copied gives torn bytes; their digest must not be that of the whole ones."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    source, stop = rng.integers(0, 256, 1 << 20, dtype=np.uint8), threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            source[int(rng.integers(len(source)))] ^= 255
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for start in (0, 5) * 20:  # 5: not aligned, where the plain loop copies
+            memory = np.empty(len(source) + 64, dtype=np.uint8)
+            begin = -memory.ctypes.data % 32 + start
+            copied = memory[begin : begin + len(source)]
+            assert digests.copy(copied, source).digest == xxhash.xxh3_64_intdigest(copied.data)
+    finally:
+        stop.set()
+        writer.join()
+
+
 def layout_and_source(folder: Path, stored: torch.dtype, wanted: torch.dtype, rows: int) -> tuple[SlotLayout, CheckpointSource]:
     """A fused part of two tensors that the file names in the other order, a bias with padding after it, and a part of many experts."""
     torch.manual_seed(rows)
@@ -71,6 +96,9 @@ def test_an_expert_of_a_checkpoint(by, tmp_path, stored, wanted, rows):
     slot = torch.full((layout.num_bytes,), 3, dtype=torch.uint8)
     found = source.read(0, 0, slot)
     assert found.digest == digest_of(slot)
+    clean = torch.zeros_like(slot)
+    assert source.read(0, 0, clean) == found, "what memory held before is not in the digest"
+    assert clean.equal(slot)
     assert found.num_bytes == (2 * 9 * rows + 3 + 9 * rows) * stored.itemsize
     torch.manual_seed(rows)
     up, gate, bias = torch.randn(rows, 9), torch.randn(rows, 9), torch.randn(3)

@@ -1,6 +1,6 @@
 """A host's backup as a GPU reads it: its pages registered with the driver, so that an expert is one copy at the speed of the link, and
-verified by the device. Registering begins when the backup is full; until then, and for what cannot be registered, slots are read as
-everywhere else."""
+verified by the device. A layer is registered when it is full and those before it are; until then, and for what cannot be registered, slots
+are read as everywhere else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic_ep.core.errors import CheckpointError
+from elastic_ep.core.errors import CheckpointError, ElasticEPError
 from elastic_ep.models.gpu.digest import DeviceDigest, new_stream
 from elastic_ep.runtime.weights.base import Loaded
 from elastic_ep.runtime.weights.host import HostBackup
@@ -61,7 +61,7 @@ class MappedBackup:
             assert self._stream is not None
             with torch.cuda.stream(self._stream):
                 target.copy_(torch.from_numpy(self.backup.view(layer, expert)), non_blocking=True)
-            found = self._digest.of(target, self._stream)
+                found = self._digest.of(target, self._stream)
         if found != expected:
             raise CheckpointError(
                 f"expert {expert} of MoE layer {layer} has digest {found:016x} in the host backup, it should have {expected:016x}: "
@@ -71,6 +71,13 @@ class MappedBackup:
 
     def _map_all(self) -> None:
         """Compile, then layer by layer, as they fill. Ends with the process."""
+        try:
+            self._map_layers()
+        except (ElasticEPError, OSError, RuntimeError) as error:
+            log.warning("the host backup is not mapped for the GPU: %s; it is read by way of a copy", error)
+
+    def _map_layers(self) -> None:
+        torch.cuda.set_device(self._device)  # each thread has its own
         self._digest, self._stream = DeviceDigest(self._slot_bytes, self._device), new_stream(self._device)
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         wait = threading.Event()
@@ -83,8 +90,7 @@ class MappedBackup:
                 at = self.backup.view(layer, first).__array_interface__["data"][0]
                 error = int(runtime.cudaHostRegister(at, (min(first + slots, experts) - first) * self._slot_bytes, _PORTABLE))
                 if error:
-                    log.warning("the driver does not map layer %d of the host backup (error %d): it is read by way of a copy", layer, error)
-                    return
+                    raise ElasticEPError(f"registering layer {layer} gave CUDA error {error}")
             self._is_mapped[layer] = True
         self._done.set()
         log.info("the host backup is mapped for the GPU")

@@ -20,7 +20,7 @@ from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.models.experts import StepVoid
 from elastic_ep.models.gpu.arithmetic import use_device_kernels
 from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep, check_right
-from elastic_ep.models.gpu.graphs import DecodeGraphs
+from elastic_ep.models.gpu.graphs import SIZES, DecodeGraphs
 from elastic_ep.models.gpu.kv import DeviceKV, StepTables
 from elastic_ep.models.gpu.slots import DeviceSlots
 from elastic_ep.models.kernels import kernels
@@ -95,7 +95,7 @@ class DeviceEngine(ElasticEngine):
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
     ) -> StepOutput | PeerFailed | Interrupted:
-        """See `ElasticEngine.run_step`. Over the cuda dispatch backend nothing waits for the device before the step's end."""
+        """See `ElasticEngine.run_step`. Over the cuda dispatch backend a decode waits for the device at its end only."""
         self._make_room(work, release)
         enqueue = dispatcher if isinstance(dispatcher, CudaDispatcher) else None
         counts = self._counts.zero_() if self._count_experts else None
@@ -115,7 +115,8 @@ class DeviceEngine(ElasticEngine):
     def _run(self, work: Sequence[SequenceWork], state: DeviceStep) -> torch.Tensor:
         """Logits float32 [sampled sequences, vocab], on the device. A decode is replayed, if no exchange inside a graph has to wait for an
         expert that is streamed."""
-        enqueue, size = state.enqueue, DecodeGraphs.size_for(work)
+        enqueue = state.enqueue
+        size = DecodeGraphs.size_for(work, SIZES[-1] if enqueue is None else enqueue.capacity.max_tokens)
         is_one_graph = enqueue is not None and self.rank not in state.routing.streamed.values()
         if size is not None and (is_one_graph or (enqueue is None and size > 0)):
             kind = "pieces" if enqueue is None else f"whole, split {enqueue.is_split}"

@@ -16,6 +16,9 @@ from elastic_ep.models.gpu.slots import ELSEWHERE, DeviceSlots
 from elastic_ep.runtime.dispatch.base import Dispatcher, DispatchHandle, StepPoint
 from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
 
+WATCHED_LAYERS = 8
+"""A step that is launched kernel by kernel looks at its peers after so many layers: the driver takes about a thousand launches ahead."""
+
 
 class HostBatch(NamedTuple):
     """What a backend brought whose groups are numbers on the host; the like of `DeviceBatch`."""
@@ -90,7 +93,10 @@ class DeviceExperts:
         if state.enqueue is not None:
             batch = state.enqueue.enqueue_dispatch(x, ids, weights, self.layer)
             self._compute(batch, batch.state, state)
-            return state.enqueue.enqueue_combine(batch)
+            out = state.enqueue.enqueue_combine(batch)
+            if state.is_real is None and self.layer % WATCHED_LAYERS == WATCHED_LAYERS - 1:
+                self._look(state)
+            return out
         handle = state.dispatcher.dispatch(x, ids, weights, state.routing, StepPoint(state.routing.epoch, state.step, self.layer))
         if not isinstance(handle, DispatchHandle):
             raise StepVoid(handle)
@@ -113,12 +119,21 @@ class DeviceExperts:
         self._run(rows, Groups(offsets, table, state.wrong), self.slots.memory[self.layer], outputs)
         if not streamed:
             return
+        if state.enqueue is not None:
+            self._look(state)
         present = {expert for expert, _, _ in handle.groups}
         for expert in sorted(present.intersection(streamed)):
             index = self.slots.stream(self.layer, expert)
             only = torch.full_like(table, ELSEWHERE)
             only[expert] = index
             self._run(rows, Groups(offsets, only, state.wrong), self.slots.spare_memory, outputs)
+
+    def _look(self, state: DeviceStep) -> None:
+        """Wait for what is enqueued, watching the peers' channels: a dead one must not be waited for inside a launch. Raises StepVoid."""
+        assert state.enqueue is not None
+        outcome = state.enqueue.wait()
+        if outcome is not None:
+            raise StepVoid(outcome)
 
     def _run(self, rows: torch.Tensor, groups: Groups, memory: torch.Tensor, out: torch.Tensor) -> None:
         part = self.matrices["gate_up_proj"]

@@ -102,14 +102,15 @@ class DecodeGraphs:
         self._forward = forward
         self._graphs: dict[tuple[int, str], DecodeGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # torch hands out streams of one priority in turn: of another, it is shared with no thread that loads or sends experts
+        self._stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @staticmethod
-    def size_for(work: Sequence[SequenceWork]) -> int | None:
-        """The graph for this work; None if it is more than one token of each sequence, or too much."""
+    def size_for(work: Sequence[SequenceWork], most: int) -> int | None:
+        """The graph for this work; None if it is more than one token of each sequence, or the graph would have more than `most` tokens."""
         if any(len(item.tokens) != 1 or item.sample is None for item in work):
             return None
-        return next((size for size in SIZES if size >= len(work)), None)
+        return next((size for size in SIZES if len(work) <= size <= most), None)
 
     def prepare(self, work: Sequence[SequenceWork], size: int, kind: str, is_cut: bool) -> DecodeGraph:
         """The graph of this size with the step's tables on their way into it. Graphs of another `kind` are others; `is_cut`: in pieces."""

@@ -147,7 +147,7 @@ def attend(
 ):
     """One token and one key head (with its GROUP query heads) per program.
 
-    query [T, heads, key_dim]; keys [pages * PAGE, kv heads, key_dim]; values likewise; sequence_of, position_of int32 [T]; pages int32
+    query [T, heads, key_dim]; keys [pages * PAGE, kv heads, key_dim]; values likewise; sequence_of, position_of int64 [T]; pages int64
     [sequences, pages_per_sequence]; out [T, heads, value_dim]. Causal, over the last `window` keys (0: all).
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)

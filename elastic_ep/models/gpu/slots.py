@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,9 @@ class DeviceSlots:
         self._staged: dict[tuple[int, int], tuple[int, torch.Tensor, int]] = {}
         self._spare: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._local = threading.local()
+        self._adopted: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        """after the last copy of an adoption: who reads slots on another stream waits for it"""
+        self._free_spare = list(range(num_spare - 1, -1, -1))
 
     @property
     def backup(self) -> ExpertSource | None:
@@ -135,6 +139,7 @@ class DeviceSlots:
         _, memory, digest = staged
         self.memory[layer][slot].copy_(memory)
         memory.record_stream(torch.cuda.current_stream(self.device))
+        self._adopted.record(torch.cuda.current_stream(self.device))
         self._held[layer][slot] = expert
         self._index(layer)
         return digest
@@ -155,9 +160,12 @@ class DeviceSlots:
             self._spare.move_to_end(key)
             return self._spare[key]
         torch.cuda.current_stream(self.device).synchronize()
-        index = self._spare.popitem(last=False)[1] if len(self._spare) >= len(self.spare_memory) else len(self._spare)
+        if not self._free_spare:
+            self._free_spare.append(self._spare.popitem(last=False)[1])
+        index = self._free_spare[-1]
         sources = (self.checkpoint,) if self.backup is None else (self.backup, self.checkpoint)
         self._read(layer, expert, self.spare_memory[index], sources, None)
+        self._free_spare.pop()
         self._spare[key] = index
         return index
 
@@ -168,6 +176,7 @@ class DeviceSlots:
         target = torch.empty(self._layout.num_bytes, dtype=torch.uint8)
         stream = self._stream()
         with torch.cuda.stream(stream):
+            stream.wait_event(self._adopted)
             scratch = self._scratch().copy_(self.memory[layer][slot].view(torch.uint8), non_blocking=True)
             stream.synchronize()
         return target.copy_(scratch)
@@ -216,6 +225,7 @@ class DeviceSlots:
     def _scratch(self) -> torch.Tensor:
         """This thread's pinned memory for one slot."""
         if not hasattr(self._local, "scratch"):
+            torch.cuda.set_device(self.device)  # each thread has its own
             self._local.scratch = torch.empty(self._layout.num_bytes, dtype=torch.uint8, pin_memory=True)
         scratch: torch.Tensor = self._local.scratch
         return scratch
@@ -223,6 +233,7 @@ class DeviceSlots:
     def _stream(self) -> torch.cuda.Stream:
         """This thread's."""
         if not hasattr(self._local, "stream"):
+            torch.cuda.set_device(self.device)
             self._local.stream = new_stream(self.device)
         stream: torch.cuda.Stream = self._local.stream
         return stream

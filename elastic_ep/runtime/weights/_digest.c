@@ -57,12 +57,13 @@ static void scramble(uint64_t *lanes) {
     for (int i = 0; i < 8; i++) lanes[i] = (lanes[i] ^ lanes[i] >> 47 ^ SECRET[16 + i]) * P32_1;
 }
 
-/* Take the stripes before `limit` in, and copy them to `into`, if there is one. */
+/* Take the stripes before `limit` in, and copy them to `into`, if there is one. Each byte is read once, or what was copied could be another than
+   what was digested: somebody may be writing there. */
 static void stripes_in(struct digest *d, const char *data, char *into, size_t limit) {
     for (; d->stripe < limit; d->stripe++) {
         const char *at = data + d->stripe * STRIPE;
+        if (into) at = memcpy(into + d->stripe * STRIPE, at, STRIPE);
         stripe_in(d->lanes, at, (const char *)(SECRET + d->stripe % STRIPES_PER_BLOCK));
-        if (into) memcpy(into + d->stripe * STRIPE, at, STRIPE);
         if (d->stripe % STRIPES_PER_BLOCK == STRIPES_PER_BLOCK - 1) scramble(d->lanes);
     }
 }
@@ -166,6 +167,8 @@ static PyObject *read_stretches(PyObject *self, PyObject *args) {
     for (Py_ssize_t i = 0; i < count; i++) {
         struct stretch *s = stretches + i;
         if (!PyArg_ParseTuple(PyTuple_GET_ITEM(given, i), "iLnn", &s->fd, &s->offset, &s->begin, &s->count)) return NULL;
+        if (s->count < 0 || s->begin < (i ? s[-1].begin + s[-1].count : 0) || s->begin > n || s->count > n - s->begin)
+            return PyErr_Format(PyExc_ValueError, "stretch %zd of %zd bytes at %zd overlaps another or ends beyond %zd", i, s->count, s->begin, n);
     }
     struct digest d;
     uint64_t result = 0;

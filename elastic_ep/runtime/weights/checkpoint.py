@@ -120,9 +120,16 @@ class CheckpointSource:
         self._pieces = pieces
 
     def read(self, layer: int, expert: int, slot: torch.Tensor) -> Read:
-        """See `ExpertSource.read`. Pieces are read in the order in which they lie in the slot, as the digest wants them."""
+        """See `ExpertSource.read`. Pieces are read in the order in which they lie in the slot, as the digest wants them; what lies
+        between is made zero, whatever the memory held before."""
         size, offsets = self._layout.dtype.itemsize, self._layout.offsets
         pieces = sorted(self._pieces(layer, expert), key=lambda piece: offsets[piece.part] + piece.first * size)
+        end = 0
+        for piece in pieces:
+            begin = offsets[piece.part] + piece.first * size
+            slot[end:begin] = 0
+            end = begin + _numel(piece.shape) * size
+        slot[end:] = 0
         stretches = []
         for piece in pieces if can_read(len(slot), len(pieces)) else ():
             begin = offsets[piece.part] + piece.first * size

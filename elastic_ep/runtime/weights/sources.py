@@ -12,7 +12,7 @@ from elastic_ep.runtime.weights.peer import Peers
 
 
 class Sources:
-    """All sources of one rank. Used by one thread at a time: peers' channels are not shared."""
+    """All sources of one rank. Threads do not share peers' channels: with `weights` given to `chain`, for one thread at a time."""
 
     def __init__(self, slots: Slots, peers: Peers) -> None:
         self._slots = slots
