@@ -245,7 +245,9 @@ def has_replaced(before: dict[str, Any], after: dict[str, Any], faults: list[Fau
     wanted = Counter(f["rank"] for f in ends if f["rank"] >= 0)
     # of two that are whoever comes first, the second may have been in the same process
     somebody = any(f["rank"] == -1 for f in ends)
-    replaced = {rank: new - old for rank, (old, new) in enumerate(zip(lives(before), lives(after), strict=False))}
+    were = lives(before)
+    # a seat that was not there before had its first process since
+    replaced = Counter({rank: new - (were[rank] if rank < len(were) else 0) for rank, new in enumerate(lives(after))})
     return all(replaced[rank] >= count for rank, count in wanted.items()) and sum(replaced.values()) >= wanted.total() + somebody
 
 
