@@ -36,12 +36,15 @@ class RankLink(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._hello_timer: asyncio.TimerHandle | None = None
         self.hello: Hello | None = None
+        self._is_refused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by behaviour, not by class
         self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self.close)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return  # it goes on beating until it has read why
         try:
             messages = self._buffer.feed(data)
         except WireError as error:
@@ -73,7 +76,7 @@ class RankLink(asyncio.Protocol):
 
     def refuse(self, message: StartOver) -> None:
         """Say why, then close."""
-        self.hello = None
+        self.hello, self._is_refused = None, True
         if self._transport is not None:
             self._transport.write(encode(message))
             self._transport.close()
