@@ -127,6 +127,8 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
             return {}
         pg, group = self._library.pg, self._library.world
         if self._joins:
+            if self._meet("left", others, deadline) is not None:  # who joins earlier is thrown out with the seat's old process
+                return dict.fromkeys(others, FailureKind.DEADLINE)
             self._joins = False
             pg.join_group(group())
         else:
@@ -135,9 +137,9 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
             if gone:
                 pg.deactivate_ranks(group(), gone)
             self._members = {r: a for r, a in self._members.items() if r not in gone}
-            if gone and came and self._meet("left", self._members, deadline) is not None:
+            if came and self._meet("left", others, deadline) is not None:
                 # a late proposal that a seat's old process is gone would throw out its new one
-                return dict.fromkeys(self._members, FailureKind.DEADLINE)
+                return dict.fromkeys(others, FailureKind.DEADLINE)
             if came:
                 while not all(ready := list(pg.get_peer_state(group(), came))):
                     if time.monotonic() >= deadline:

@@ -62,6 +62,26 @@ class Hosts:
                 if os.read(agent.process.stdout.fileno(), 1 << 16):
                     self._seated.add(node)
 
+    def last_words(self) -> str:
+        """What each agent said last, for a cell that failed."""
+        return "\n".join(
+            f"agent of node {node}, pid {agent.process.pid}, status {agent.process.poll()}: {agent.stderr.strip()[-400:]}"
+            for node, agent in self._agents
+        )
+
+    def ended(self) -> list[str]:
+        """Agents that ended by themselves, which none may, and why. Others are put in their place."""
+        found = []
+        for node, agent in list(self._agents):
+            status = agent.process.poll()
+            if status is None or status == -signal.SIGKILL:
+                continue
+            found.append(f"an agent of node {node} ended by itself, status {status}: {agent.stderr.strip()[-500:]}")
+            agent.__exit__(None, None, None)
+            self._agents.remove((node, agent))
+            self._start(node)
+        return found
+
     def mend(self, cell: Cell, pids: Sequence[int]) -> None:
         """The faults have happened to these agents: put others in the place of those that will not go on, as an operator would."""
         for node, agent in list(self._agents):

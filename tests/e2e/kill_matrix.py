@@ -109,6 +109,7 @@ class Matrix:
             await asyncio.wait_for(self._run(cell, history, problems), self.timeout_s)
         except (TimeoutError, ElasticEPError, httpx.HTTPError) as error:
             problems.append(f"not over in time: {type(error).__name__}: {error or self.timeout_s}")
+        problems += self.hosts.ended() if self.hosts is not None else []
         verdict = judge([*self.reference, *history.events])
         problems += [str(violation) for violation in verdict.violations]
         if verdict.longest_gap_s > LONGEST_GAP_S:
@@ -304,6 +305,7 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
             while left:
                 outcome = asyncio.run(matrix.run(left.pop(0)))
                 if outcome.problems:
+                    outcome.problems += [hosts.last_words()] if hosts is not None else []
                     outcome.problems.append(last_words(server))
                 yield outcome
                 if outcome.problems:
