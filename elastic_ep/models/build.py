@@ -83,12 +83,12 @@ def router_weights(model: PreTrainedModel, spec: ModelSpec) -> list[torch.Tensor
     return [weight.t() for weight in weights]
 
 
-def use_row_kernels(model: PreTrainedModel, linear: type[nn.Linear]) -> None:
-    """Make every nn.Linear one of `linear` (a subclass that adds no state), and every root mean square norm a RowNorm."""
+def use_row_kernels(model: PreTrainedModel, linear: type[nn.Linear], norm: type[RowNorm] = RowNorm) -> None:
+    """Make every nn.Linear one of `linear` (a subclass that adds no state), and every root mean square norm one of `norm`."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = linear
         elif type(module).__name__.endswith("RMSNorm"):
             rounds_last = type(module).__name__ == "GptOssRMSNorm"
-            module.__class__ = RowNorm
+            module.__class__ = norm
             module.rounds_last = rounds_last  # type: ignore[assignment]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
 from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, read_verified, zeroed
@@ -84,7 +83,7 @@ class ExpertSlots:
 
     def load(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
         """Fill a slot; see `Slots.load`. Without sources, from the checkpoint. Raises CheckpointError."""
-        self._check(load)
+        load.check(len(self._slots), self.num_slots, self.num_experts)
         layer, slot, expert = load
         self._hold(layer, slot, None)
         loaded = self._read(layer, expert, self._slots[layer][slot].memory, sources, digest)
@@ -93,7 +92,7 @@ class ExpertSlots:
 
     def stage(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
         """Read and verify one expert beside the live slots, for `adopt`. Raises CheckpointError."""
-        self._check(load)
+        load.check(len(self._slots), self.num_slots, self.num_experts)
         buffer = self._take()
         try:
             loaded = self._read(load.layer, load.expert, buffer.memory, sources, digest)
@@ -155,13 +154,6 @@ class ExpertSlots:
 
     def close(self) -> None:
         self.checkpoint.close()
-
-    def _check(self, load: SlotLoad) -> None:
-        layer, slot, expert = load
-        if not (0 <= layer < len(self._slots) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
-            raise InvalidInputError(
-                f"{load} is outside {len(self._slots)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
-            )
 
     def _read(self, layer: int, expert: int, memory: torch.Tensor, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
         known = self._digests.get((layer, expert)) if digest is None else digest

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from elastic_ep.brain.messages import SampledToken, SequenceWork
+from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.runtime.dispatch.base import Dispatcher, Interrupted, PeerFailed
 from elastic_ep.runtime.weights.base import ExpertSource, Loaded
@@ -22,6 +23,11 @@ class SlotLoad(NamedTuple):
     layer: int
     local_slot: int
     expert: int
+
+    def check(self, num_layers: int, num_slots: int, num_experts: int) -> None:
+        """Raises InvalidInputError if there is no such slot or expert."""
+        if not (0 <= self.layer < num_layers and 0 <= self.local_slot < num_slots and 0 <= self.expert < num_experts):
+            raise InvalidInputError(f"{self} is outside {num_layers} MoE layers, {num_slots} local slots, {num_experts} experts")
 
 
 @dataclass(frozen=True)

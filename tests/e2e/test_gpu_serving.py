@@ -10,7 +10,7 @@ import torch
 
 from elastic_ep.testing.server import ServerProcess
 from tests.e2e.conftest import COUNT, prompts
-from tests.e2e.test_streams import kill_at_random, run_streams
+from tests.e2e.test_streams import check_kills_change_nothing, kill_at_random, run_streams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -26,12 +26,7 @@ def test_gpu_ranks_die_and_no_token_changes(checkpoint, family, dispatch):
     victims = rng.sample([0, 1, 2], 2)
     arguments = ("--ep-size", "3", "--num-redundant-experts", "3", "--device", "cuda", "--dispatch", dispatch, "--restart", "never")
     with ServerProcess(checkpoint(family), *arguments) as server:
-        undisturbed = asyncio.run(run_streams(server, asked))
-        disturb = kill_at_random(server, victims, rng, len(asked) * COUNT)
-        disturbed = asyncio.run(run_streams(server, asked, disturb))
-        status = server.wait_status(lambda s: sum(s["active_ranks"]) == 1)
-    assert disturbed == undisturbed
-    assert status["requests"]["failed"] == 0
+        _, status = check_kills_change_nothing(server, asked, victims, rng)
     assert {rank["device"] for rank in status["ranks"]} == {"cuda"}
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from elastic_ep.models.build import use_row_kernels
 from elastic_ep.models.gpu import kernels
+from elastic_ep.models.linear import RowNorm
 
 _BM = 32
 _SIDE_BY_SIDE = 4
@@ -99,17 +101,8 @@ class DeviceLinear(nn.Linear):
         return multiply(x, self.weight, self.bias)
 
 
-class DeviceNorm(nn.Module):
-    """Root mean square norm as the families' own modules compute it. Made of one of those by assigning the class.
-
-    Attributes:
-        weight, variance_epsilon: as there.
-        rounds_last: bfloat16 is rounded after the weight only (GPT-OSS), not also before it.
-    """
-
-    weight: torch.Tensor
-    variance_epsilon: float
-    rounds_last: bool
+class DeviceNorm(RowNorm):
+    """The same on the device."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -142,12 +135,7 @@ def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 def use_device_kernels(model: PreTrainedModel) -> None:
     """Make every nn.Linear a DeviceLinear, every root mean square norm a DeviceNorm, and every router's matrix a RouterWeight."""
+    use_row_kernels(model, DeviceLinear, DeviceNorm)
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = DeviceLinear
-        elif type(module).__name__.endswith("RMSNorm"):
-            rounds_last = type(module).__name__ == "GptOssRMSNorm"
-            module.__class__ = DeviceNorm
-            module.rounds_last = rounds_last  # type: ignore[assignment]
-        elif type(module).__name__.endswith("Router"):
+        if type(module).__name__.endswith("Router"):
             module._parameters["weight"] = module.weight.detach().as_subclass(RouterWeight)  # type: ignore

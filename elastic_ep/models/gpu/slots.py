@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic_ep.core.errors import CheckpointError, InvalidInputError
+from elastic_ep.core.errors import CheckpointError
 from elastic_ep.models.gpu.arithmetic import Part
 from elastic_ep.models.gpu.backup import MappedBackup
 from elastic_ep.models.gpu.digest import new_stream
@@ -112,7 +112,7 @@ class DeviceSlots:
 
     def load(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
         """Fill a slot; see `Slots.load`. Without sources, from the checkpoint. Raises CheckpointError."""
-        self._check(load)
+        load.check(len(self.memory), self.num_slots, self.num_experts)
         layer, slot, expert = load
         self._held[layer].pop(slot, None)
         self._index(layer)
@@ -123,7 +123,7 @@ class DeviceSlots:
 
     def stage(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
         """Read and verify one expert beside the live slots, for `adopt`. Raises CheckpointError."""
-        self._check(load)
+        load.check(len(self.memory), self.num_slots, self.num_experts)
         with torch.cuda.stream(self._stream()):  # so that its memory is given to others when that stream is done with it
             memory = torch.empty(self.spare_memory.shape[1], dtype=self._layout.dtype, device=self.device)
         loaded = self._read(load.layer, load.expert, memory, sources, digest)
@@ -192,13 +192,6 @@ class DeviceSlots:
         self.checkpoint.close()
 
     # ---- inside
-
-    def _check(self, load: SlotLoad) -> None:
-        layer, slot, expert = load
-        if not (0 <= layer < len(self.memory) and 0 <= slot < self.num_slots and 0 <= expert < self.num_experts):
-            raise InvalidInputError(
-                f"{load} is outside {len(self.memory)} MoE layers, {self.num_slots} local slots, {self.num_experts} experts"
-            )
 
     def _read(self, layer: int, expert: int, memory: torch.Tensor, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
         known = self._digests.get((layer, expert)) if digest is None else digest
