@@ -185,18 +185,22 @@ class FaultFile:
         """The process to which this fault has happened; None if it has not."""
         try:
             with open(self.marker(place)) as file:
-                return int(file.read() or -1)
+                return int(file.read())
         except FileNotFoundError:
             return None
 
     def claim(self, place: int, pid: int) -> bool:
         """Whether the caller is the first to let this fault happen, to process `pid`."""
+        marker = self.marker(place)
+        mine = f"{marker}.{os.getpid()}.{threading.get_ident()}"
+        with open(mine, "w") as file:
+            file.write(str(pid))
         try:
-            file = os.open(self.marker(place), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            os.link(mine, marker)  # whoever sees it sees who it was, too
         except FileExistsError:
             return False
-        os.write(file, str(pid).encode())
-        os.close(file)
+        finally:
+            os.unlink(mine)
         return True
 
 

@@ -168,9 +168,10 @@ class Agents:
         entries = []
         for label, _ in self._remote.nodes:
             ranks = self._seats(label)
-            agents = {id(a): a for a in (self._holders.get(rank) for rank in ranks) if a is not None}
-            hosts = sorted({a.offer.host for a in agents.values() if a.offer is not None})
-            entries.append({"node": label, "ranks": ranks, "absent_ranks": [r for r in ranks if r not in self._holders], "hosts": hosts})
+            offers = {id(a): (list(a.ranks), a.offer) for a in (self._holders.get(rank) for rank in ranks) if a is not None}
+            agents = [{"host": offer.host, "pid": offer.pid, "ranks": held} for held, offer in offers.values() if offer is not None]
+            absent = [rank for rank in ranks if rank not in self._holders]
+            entries.append({"node": label, "ranks": ranks, "absent_ranks": absent, "agents": agents})
         return entries
 
     def pids(self) -> dict[tuple[int, int], int]:

@@ -28,9 +28,11 @@ class Hosts:
             self.arguments += ("--remote-ranks", f"{node}=1")
         self._command = (controller, "--token-file", str(token), "--wait", "3600", "--fault-file", str(fault_file))
         self._agents: list[tuple[str, AgentProcess]] = []
-        self._seated: set[str] = set()
-        self._awaited: set[str] = set()
-        self._stopped: list[int] = []
+        self._gone: set[int] = set()
+        """agents that will not go on, or are stopped: others must have their seats"""
+        self._stopped: list[AgentProcess] = []
+        self._resumed: list[tuple[AgentProcess, int]] = []
+        """agents that go on, and how much each had said by then"""
 
     def __enter__(self) -> Hosts:
         for node in [*NODES.values()] * 2:
@@ -38,34 +40,22 @@ class Hosts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in self._stopped:
-            os.kill(pid, signal.SIGCONT)
         for _, agent in self._agents:
             agent.kill()
             agent.__exit__(None, None, None)
 
     def _start(self, node: str) -> None:
-        agent = AgentProcess(*self._command, "--node", node).__enter__()
-        assert agent.process.stdout is not None
-        os.set_blocking(agent.process.stdout.fileno(), False)
-        self._agents.append((node, agent))
-
-    def begin(self) -> None:
-        """A cell begins: who gets a seat from here on counts."""
-        self._look()
-        self._seated.clear()
-
-    def _look(self) -> None:
-        for node, agent in self._agents:
-            assert agent.process.stdout is not None
-            with suppress(BlockingIOError):
-                if os.read(agent.process.stdout.fileno(), 1 << 16):
-                    self._seated.add(node)
+        self._agents.append((node, AgentProcess(*self._command, "--node", node).__enter__()))
 
     def last_words(self) -> str:
-        """What each agent said last, for a cell that failed."""
+        """What each agent said last, and where its threads are, for a cell that failed; they end."""
+        states = {agent: Path(f"/proc/{agent.process.pid}/stat").read_text().split()[2] for _, agent in self._agents}
+        for _, agent in self._agents:
+            agent.process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER is set
+            agent.process.send_signal(signal.SIGCONT)
+            agent.process.wait()
         return "\n".join(
-            f"agent of node {node}, pid {agent.process.pid}, status {agent.process.poll()}: {agent.stderr.strip()[-400:]}"
+            f"agent of node {node}, pid {agent.process.pid}, was {states[agent]}: {agent.stderr.strip()[-2000:]}"
             for node, agent in self._agents
         )
 
@@ -85,13 +75,12 @@ class Hosts:
     def mend(self, cell: Cell, pids: Sequence[int]) -> None:
         """The faults have happened to these agents: put others in the place of those that will not go on, as an operator would."""
         for node, agent in list(self._agents):
-            if agent.process.pid not in pids:
+            if agent.process.pid not in pids or cell.action == "close":
                 continue
-            self._awaited.add(node)
+            self._gone.add(agent.process.pid)
             if cell.action == "stop":
-                self._stopped.append(agent.process.pid)
-            elif cell.action in ("kill", "wedge"):
-                self._look()
+                self._stopped.append(agent)
+            else:
                 if cell.action == "wedge":
                     agent.process.kill()
                 agent.wait(10)
@@ -99,15 +88,18 @@ class Hosts:
                 self._agents.remove((node, agent))
                 self._start(node)
 
-    def is_over(self) -> bool:
-        """Whether each seat whose agent failed has been given anew; then those that were stopped go on."""
-        self._look()
-        if not self._awaited <= self._seated:
+    def is_over(self, status: dict[str, Any]) -> bool:
+        """Whether each seat whose agent failed has been given anew. Then those that were stopped go on, and are waited for until they know
+        that they have none: an agent that still takes itself for the old one would let the next cell's faults happen to it."""
+        if self._gone & {agent["pid"] for node in status["nodes"] for agent in node["agents"]}:
             return False
-        self._awaited.clear()
+        self._gone.clear()
         while self._stopped:
-            os.kill(self._stopped.pop(), signal.SIGCONT)
-        return True
+            agent = self._stopped.pop()
+            self._resumed.append((agent, len(agent.stderr)))
+            agent.process.send_signal(signal.SIGCONT)
+        self._resumed = [(agent, said) for agent, said in self._resumed if "waiting for ranks" not in agent.stderr[said:]]
+        return not self._resumed
 
 
 class Backup:

@@ -108,13 +108,26 @@ class Matrix:
         try:
             await asyncio.wait_for(self._run(cell, history, problems), self.timeout_s)
         except (TimeoutError, ElasticEPError, httpx.HTTPError) as error:
-            problems.append(f"not over in time: {type(error).__name__}: {error or self.timeout_s}")
+            problems.append(f"not over in time: {type(error).__name__}: {error or self.timeout_s}; {await self._state_of_things()}")
         problems += self.hosts.ended() if self.hosts is not None else []
         verdict = judge([*self.reference, *history.events])
         problems += [str(violation) for violation in verdict.violations]
         if verdict.longest_gap_s > LONGEST_GAP_S:
             problems.append(f"a stream waited {verdict.longest_gap_s:.1f} s for a token; {LONGEST_GAP_S} s are enough for every fault here")
         return Outcome(cell, time.monotonic() - started, problems, verdict.longest_gap_s)
+
+    async def _state_of_things(self) -> str:
+        """For whoever asks why a cell was not over."""
+        file = self._fault_file()
+        happened = {i: pid for i in range(len(file.faults)) if (pid := file.victim(i)) is not None}
+        try:
+            status = await asyncio.to_thread(self.server.status)
+        except (ElasticEPError, httpx.HTTPError) as error:
+            return f"faults {file.faults}, victims {happened}; no status: {error!r}"
+        told = {key: status.get(key) for key in ("phase", "epoch", "ranks", "nodes", "requests")} | {
+            "recoveries": status["recoveries"][-4:]
+        }
+        return f"whole: {is_whole(status)}; faults {file.faults}, victims {happened}; {json.dumps(told)}"
 
     async def _run(self, cell: Cell, history: History, problems: list[str]) -> None:
         self.cells_run += 1
@@ -123,8 +136,6 @@ class Matrix:
         running = await self.when(lambda s: len(homes_of(s)) >= NUM_STREAMS - 1 or wave.done(), 10)
         cast = cast_of(cell, homes_of(running) or [1], lives(before), self.rng)
         faults = faults_of(cell, cast, self.rng)
-        if self.hosts is not None:
-            self.hosts.begin()
         self._arm(str(self.cells_run), faults)
         has_happened = asyncio.Event()
         helper = asyncio.create_task(self._help(cell, has_happened))
@@ -181,7 +192,7 @@ class Matrix:
 
     async def _is_over(self, before: dict[str, Any], faults: list[Fault]) -> bool:
         status = await self.status()
-        return is_whole(status) and has_replaced(before, status, faults) and (self.hosts is None or self.hosts.is_over())
+        return is_whole(status) and has_replaced(before, status, faults) and (self.hosts is None or self.hosts.is_over(status))
 
     async def _undo_operations(self) -> None:
         """Back to the seats that there were: an operation may have given up another one than it was to."""

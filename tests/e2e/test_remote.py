@@ -130,7 +130,7 @@ def test_the_life_of_remote_ranks(checkpoint, token_file, tmp_path):
         server = stack.enter_context(ServerProcess(checkpoint("qwen3_moe"), *arguments))
         status = server.status()
         assert status["active_ranks"] == [1, 1, 0, 0]
-        assert status["nodes"] == [{"node": "b", "ranks": [2, 3], "absent_ranks": [2, 3], "hosts": []}]
+        assert status["nodes"] == [{"node": "b", "ranks": [2, 3], "absent_ranks": [2, 3], "agents": []}]
 
         right = ("--token-file", token_file, "--node", "b")
         refusals = {

@@ -131,7 +131,10 @@ def test_two_agents_share_a_node():
         assert await third.offer(agent_id="three") == Seated((4,))
         fourth = await door.call()
         assert (await fourth.offer(agent_id="four", node="x")).is_final
-        assert [entry["absent_ranks"] for entry in door.agents.status()] == [[], [5]]
+        here, away = door.agents.status()
+        assert (here["absent_ranks"], away["absent_ranks"]) == ([], [5])
+        assert [agent["ranks"] for agent in here["agents"]] == [[2, 3], [4]]
+        assert away["agents"] == []
 
     run(scenario)
 

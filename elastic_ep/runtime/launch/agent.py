@@ -96,6 +96,8 @@ class Agent:
         self._stream: AgentStream | None = None
         self._terms: Terms | None = None
         self._mesh_host = ""
+        self._waits_for = ""
+        """what was said last of why it has no ranks"""
         self._stopping: asyncio.Event
         self._faults = FaultPlan(file=FaultFile(config.fault_file) if config.fault_file else None)
 
@@ -127,8 +129,12 @@ class Agent:
                 refused_since = refused_since or self._loop.time()
             except (OSError, _Later) as error:
                 trouble, refused_since = error, None
+                if isinstance(error, _Later) and self._waits_for != str(error):  # it asks again, several times a second
+                    log.warning("waiting for ranks of %s: %s; asking again", self.config.controller, error)
+                    self._waits_for = str(error)
             except _Lost as error:
                 log.warning("lost the controller at %s (%s); dialling again", self.config.controller, error)
+                self._waits_for = ""
                 trouble, refused_since, was_there = error, None, True
                 deadline = self._loop.time() + self.config.reconnect_s
             now = self._loop.time()
