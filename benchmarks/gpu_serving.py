@@ -2,6 +2,9 @@
 
 python benchmarks/gpu_serving.py [--shape qwen3-30b-a3b] [--layers N] [--parts one-graphs,transformers,replicas,lost,random] [--json]
 
+Ranks that share the GPU do so through NVIDIA's multi-process service, which is started here if the machine has it (`--share slices`: as the
+driver shares a GPU by default, one process after the other).
+
 The checkpoint is random and written to `folder` first: 1.3 GB for each layer of qwen3-30b-a3b, as many as two copies of the experts leave
 room for on the GPU. Streams are greedy; what every client got is compared with an undisturbed run.
 """
@@ -16,18 +19,23 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gpu_checkpoints import SHAPES, config_of, write
+from gpu_dispatch import multi_process_service
 
 from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
 from elastic_ep.testing.client import StreamRecord, stream_all
 from elastic_ep.testing.server import ServerProcess
 
+ALONE = ("one", "one-graphs", "one-fast", "transformers")
+"""parts with one process on the GPU"""
 EP_SIZE, NUM_STREAMS, PROMPT_TOKENS = 4, 32, 64
 PCIE_BYTES_PER_S = 55e9
 """registered host memory to one H200 (docs/gpu.md)"""
@@ -41,7 +49,7 @@ def prompts(vocab: int) -> list[list[int]]:
 def arguments(redundant: int, *more: str) -> list[str]:
     ranks = [] if "--ep-size" in more else ["--ep-size", str(EP_SIZE)]
     quiet = ["--rebalance-interval", "0", "--scrub-bytes-per-second", "0"]
-    sizes = ["--num-redundant-experts", str(redundant), "--kv-tokens", "16384", "--max-num-batched-tokens", "512"]
+    sizes = ["--num-redundant-experts", str(redundant), "--kv-tokens", "8192", "--max-num-batched-tokens", "512"]
     return ["--device", "cuda", *ranks, *sizes, *quiet, *more]
 
 
@@ -73,7 +81,7 @@ def kill(server: ServerProcess, spec: ModelSpec, tokens: int, expected: list[Str
     before = len(server.status()["recoveries"])
     records, killed = asyncio.run(_with_kill(server, spec, tokens, rank, NUM_STREAMS * tokens // 4))
     differing = sum(a.token_ids != b.token_ids for a, b in zip(records, expected, strict=True))
-    recovery = server.status()["recoveries"][before]
+    recovery = next(r for r in server.status()["recoveries"][before:] if rank in r["ranks"] and r["tier"] < 2)
     quiet = [gap for record in expected for gap in record.gaps_s[1:]]
     resumed = killed + recovery["stall_ms"] / 1e3
     later = [b - a for r in records for a, b in zip(r.times, r.times[1:], strict=False) if a > resumed + 0.05]
@@ -81,6 +89,7 @@ def kill(server: ServerProcess, spec: ModelSpec, tokens: int, expected: list[Str
         "step_ms": 1e3 * float(np.median(quiet)),
         "longest_quiet_gap_ms": 1e3 * max(quiet),
         "kill_to_next_token_ms": _stalls(records, killed, float(np.median(quiet))),
+        "kind": recovery["kind"],
         "longest_later_gap_ms": 1e3 * max(later, default=0.0),
         "differing_streams": differing,
         "recovery": {
@@ -95,12 +104,12 @@ def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[s
     return {"first": min(stalls), "median": float(np.median(stalls)), "last": max(stalls)}
 
 
-def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: bool) -> dict[str, Any]:
+def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket") -> dict[str, Any]:
     """With a replica of every expert, or with just enough slots for three ranks to hold all (then lost ones come from the host)."""
     redundant = spec.num_experts if replicas else -(-spec.num_experts // (EP_SIZE - 1)) * EP_SIZE - spec.num_experts
     more = [] if replicas else ["--host-backup", "experts"]
     began = time.monotonic()
-    with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
+    with ServerProcess(folder, *arguments(redundant, "--dispatch", dispatch, *more), start_timeout_s=500) as server:
         started = time.monotonic() - began
         run(server, spec, tokens)
         expected, seconds = run(server, spec, tokens)
@@ -113,9 +122,10 @@ def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: 
             server.wait_status(lambda s: sum(s["active_ranks"]) == EP_SIZE and s["phase"] == "serving", 120)
             time.sleep(1.0)
         rejoins = [r for r in server.status()["recoveries"] if r["kind"] == "rejoin"]
-    lost = spec.num_layers * spec.num_experts // EP_SIZE
     quiet = {"start_s": started, "tokens_per_s": NUM_STREAMS * tokens / seconds}
-    return {**quiet, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins], "experts_of_a_rank": lost}
+    lost_bytes = 0 if replicas else spec.num_layers * spec.num_experts // EP_SIZE * spec.slot_bytes(None)
+    floor = {"bytes_of_a_rank": lost_bytes, "floor_ms": 1e3 * lost_bytes / PCIE_BYTES_PER_S}
+    return {**quiet, **floor, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins]}
 
 
 def random_kills(folder: Path, spec: ModelSpec, runs: int, seconds: float) -> dict[str, Any]:
@@ -193,6 +203,14 @@ def peer(folder: Path, tokens: int) -> dict[str, float]:
     return {"tokens_per_s": NUM_STREAMS * tokens / seconds, "step_ms": 1e3 * seconds / tokens}
 
 
+def shared(measure: Callable[[], Any]) -> Any:
+    """Measure under the multi-process service. Raises RuntimeError where there is none."""
+    with tempfile.TemporaryDirectory() as folder, multi_process_service(folder) as there:
+        if not there:
+            raise RuntimeError("nvidia-cuda-mps-control is not here or does not start; give --share slices")
+        return measure()
+
+
 def layers_that_fit(shape: str) -> int:
     """So that all experts are there twice, or one and a third times the larger ones, beside what ranks need for themselves."""
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20
@@ -209,6 +227,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--runs", type=int, default=200, help="of the part `random`")
     parser.add_argument("--seconds", type=float, default=600.0, help="after so long the part `random` begins no further run")
+    parser.add_argument("--share", choices=("service", "slices"), default="service", help="how ranks share the GPU")
     parser.add_argument("--parts", default="one-graphs,transformers,throughput,replicas,lost")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -221,13 +240,21 @@ def main() -> None:
         num_bytes = write(folder, config_of(args.shape, args.layers or layers_that_fit(args.shape)))
         print(f"wrote {num_bytes / 1e9:.1f} GB in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     spec = inspect_checkpoint(folder)
-    report: dict[str, Any] = {"layers": spec.num_layers, "experts": spec.num_experts, "slot_bytes": spec.slot_bytes(None)}
+    report: dict[str, Any] = {
+        "share": args.share,
+        "layers": spec.num_layers,
+        "experts": spec.num_experts,
+        "slot_bytes": spec.slot_bytes(None),
+    }
     parts: dict[str, Any] = {
         "throughput": lambda: throughput(folder, spec, args.tokens),
         "fast": lambda: throughput(folder, spec, args.tokens, "--fast-math"),
         "one": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1"),
         "one-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda"),
         "one-fast": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda", "--fast-math"),
+        "graphs": lambda: throughput(folder, spec, args.tokens, "--dispatch", "cuda"),
+        "replicas-graphs": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=True, dispatch="cuda"),
+        "lost-graphs": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=False, dispatch="cuda"),
         "two": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2"),
         "two-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2", "--dispatch", "cuda"),
         "random": lambda: random_kills(folder, spec, args.runs, args.seconds),
@@ -238,13 +265,10 @@ def main() -> None:
     for part in args.parts.split(","):
         began = time.monotonic()
         try:
-            report[part] = parts[part]()
+            report[part] = shared(parts[part]) if args.share == "service" and part not in ALONE else parts[part]()
         except Exception as error:  # the other parts are measured all the same
             report[part] = {"error": f"{type(error).__name__}: {error}"[-2000:]}
         print(f"{part}: {time.monotonic() - began:.0f} s\n{json.dumps(report[part])}", file=sys.stderr, flush=True)
-    if "lost" in report and "experts_of_a_rank" in report["lost"]:
-        num_bytes = report["lost"]["experts_of_a_rank"] * report["slot_bytes"]
-        report["lost"]["floor_ms"] = 1e3 * num_bytes / PCIE_BYTES_PER_S
     print(json.dumps(report, indent=None if args.json else 1))
 
 

@@ -96,6 +96,9 @@ class ElasticEngine:
             decoder_layer.self_attn.elastic_attention = attention
         self._check_arithmetic()
 
+    def prepare(self, dispatcher: Dispatcher) -> None:
+        """See `Engine`. Nothing on a processor."""
+
     def _place(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Attention:
         """Make slots and KV, and have the model's modules compute row by row. Returns the attention."""
         spec, family = self.spec, self.spec.family

@@ -85,9 +85,15 @@ def make_backend(
             2 if (engine["dtype"] or spec.dtype) == "bfloat16" else 4,
             max_replicas=dispatch.num_seats,
         )
-        own = gpu_of(rank.rank)
         return CudaDispatcher(
-            rank.rank, rank.listen, capacity, token=rank.token, device=own, interrupt=control, deadline_s=rank.exchange_timeout_s
+            rank.rank,
+            rank.listen,
+            capacity,
+            token=rank.token,
+            device=gpu_of(rank.rank),
+            interrupt=control,
+            deadline_s=rank.exchange_timeout_s,
+            shares=rank.ep_size > torch.cuda.device_count(),
         )
     if dispatch.factory:
         spec = inspect_checkpoint(engine["checkpoint_dir"])

@@ -100,6 +100,10 @@ class Engine(Protocol):
         """Read all weights except routed experts. Raises CheckpointError."""
         ...
 
+    def prepare(self, dispatcher: Dispatcher) -> None:
+        """Once, after `load_dense` and before the dispatcher is connected: whatever the first steps would have to wait for."""
+        ...
+
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
     ) -> StepOutput | PeerFailed | Interrupted:

@@ -115,6 +115,7 @@ class Rank:
         """Load, then obey until told to stop. Returns the exit status."""
         started = time.monotonic()
         self.engine.load_dense()
+        self.engine.prepare(self.dispatcher)
         self._prepare_weights()
         self.faults.reach("dense_loaded")
         self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))

@@ -371,6 +371,8 @@ class Controller:
             self._reach_spawned()
         elif event.kind == "stopped":
             self._fail(*key, FailureCause.STOPPED, event.status)
+        elif event.kind == "ending":
+            self._ended(*key, self._processes[key].state().exit if key in self._processes else "")
         elif event.kind == "exited":
             self._fail(*key, FailureCause.EXITED, event.status)
 

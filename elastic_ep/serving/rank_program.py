@@ -57,6 +57,8 @@ def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step
         "kv_tokens": config.kv_tokens,
         "fast_math": config.fast_math,
     }
+    if config.device == "cuda":
+        engine["graph_tokens"] = config.max_batch_tokens
     faults = config.faults.get(rank, []) if incarnation == 0 else []
     tests = {"faults": faults, "fault_file": config.fault_file}
     is_integrated = config.dispatch in INTEGRATED

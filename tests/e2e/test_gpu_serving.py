@@ -32,7 +32,19 @@ def test_gpu_ranks_die_and_no_token_changes(checkpoint, family, dispatch):
 
 def test_a_gpu_rank_is_replaced_from_the_host_backup(checkpoint):
     asked = prompts(16)
-    arguments = ("--ep-size", "3", "--device", "cuda", "--host-backup", "experts", "--restart-backoff", "0.05")
+    # two ranks have slots for all experts, three none to spare for a second replica of each
+    arguments = (
+        "--ep-size",
+        "3",
+        "--num-redundant-experts",
+        "4",
+        "--device",
+        "cuda",
+        "--host-backup",
+        "experts",
+        "--restart-backoff",
+        "0.05",
+    )
     with ServerProcess(checkpoint("qwen3_moe"), *arguments) as server:
         undisturbed = asyncio.run(run_streams(server, asked))
         server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"])

@@ -23,6 +23,13 @@ class GpuWorld(World):
         from elastic_ep.models.gpu.engine import DeviceEngine
 
         class RecordingDeviceEngine(DeviceEngine):
+            turn = 0
+
+            def _run(self, work: Sequence[SequenceWork], state: Any) -> torch.Tensor:
+                """Every third step kernel by kernel: nobody may see which."""
+                self.turn += 1
+                return self._run_eagerly(work, state) if self.turn % 3 == 0 else super()._run(work, state)
+
             def _finish(self, work: Sequence[SequenceWork], logits: torch.Tensor, *rest: Any) -> Any:
                 host = logits.cpu()
                 self.logits = {item.seq_id: host[i] for i, item in enumerate(item for item in work if item.sample is not None)}

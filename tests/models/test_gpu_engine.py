@@ -118,6 +118,7 @@ class TestMappedBackup:
         loaded = world.engine.slots.load(SlotLoad(0, 0, 1), (backup, world.engine.slots.checkpoint), world.digests[0, 1])
         assert (loaded.kind, loaded.digest, loaded.errors) == ("host", world.digests[0, 1], ())
         assert torch.equal(world.engine.slots.slot_bytes(0, 0), before)
+        world.engine.slots.backup = None
 
     def test_a_flipped_bit_is_found_and_the_next_source_asked(self, page_checkpoint: Path) -> None:
         world, backup = self.world_and_backup(page_checkpoint)
@@ -128,6 +129,7 @@ class TestMappedBackup:
         assert "a bit of this host's memory has changed" in loaded.errors[0]
         with pytest.raises(CheckpointError, match="host backup"):
             world.engine.slots.load(SlotLoad(1, 0, 3), (backup,), world.digests[1, 3])
+        world.engine.slots.backup = None
 
 
 @pytest.fixture(scope="session")

@@ -37,12 +37,25 @@ class MappedBackup:
         self._digest: DeviceDigest | None = None
         self._stream: torch.cuda.Stream | None = None
         self._done = threading.Event()
+        self._closing = threading.Event()
+        self._registered: list[int] = []
+        self._thread = threading.Thread(target=self._map_all, name="map-backup", daemon=True)
         if slot_bytes % mmap.PAGESIZE:
             log.info("slots of %d bytes are no whole pages: the host backup is not mapped for the GPU", slot_bytes)
         elif not DeviceDigest.is_possible(slot_bytes):
             log.info("without nvcc the GPU cannot verify what it copies: the host backup is not mapped for it")
         else:
-            threading.Thread(target=self._map_all, name="map-backup", daemon=True).start()
+            self._thread.start()
+
+    def close(self) -> None:
+        """Take the pages back from the driver, before their memory is; no `load` may be under way."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._is_mapped[:] = False
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        while self._registered:
+            runtime.cudaHostUnregister(self._registered.pop())
 
     def has(self, layer: int, expert: int) -> bool:
         """Whether `load` can be asked for it."""
@@ -70,7 +83,7 @@ class MappedBackup:
         return Loaded(found, "host", self._slot_bytes)
 
     def _map_all(self) -> None:
-        """Compile, then layer by layer, as they fill. Ends with the process."""
+        """Compile, then layer by layer, as they fill."""
         try:
             self._map_layers()
         except (ElasticEPError, OSError, RuntimeError) as error:
@@ -80,17 +93,18 @@ class MappedBackup:
         torch.cuda.set_device(self._device)  # each thread has its own
         self._digest, self._stream = DeviceDigest(self._slot_bytes, self._device), new_stream(self._device)
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        wait = threading.Event()
         slots = max(1, _CHUNK_BYTES // self._slot_bytes)
         for layer in range(len(self._is_mapped)):
             while not self.backup.experts[layer].all():
-                wait.wait(_POLL_S)
+                if self._closing.wait(_POLL_S):
+                    return
             experts = self.backup.experts.shape[1]
             for first in range(0, experts, slots):
                 at = self.backup.view(layer, first).__array_interface__["data"][0]
                 error = int(runtime.cudaHostRegister(at, (min(first + slots, experts) - first) * self._slot_bytes, _PORTABLE))
                 if error:
                     raise ElasticEPError(f"registering layer {layer} gave CUDA error {error}")
+                self._registered.append(at)
             self._is_mapped[layer] = True
         self._done.set()
         log.info("the host backup is mapped for the GPU")

@@ -20,7 +20,7 @@ from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.models.experts import StepVoid
 from elastic_ep.models.gpu.arithmetic import use_device_kernels
 from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep, check_right
-from elastic_ep.models.gpu.graphs import SIZES, DecodeGraphs
+from elastic_ep.models.gpu.graphs import SIZES, Marks, StepGraphs
 from elastic_ep.models.gpu.kv import DeviceKV, StepTables
 from elastic_ep.models.gpu.slots import DeviceSlots
 from elastic_ep.models.kernels import kernels
@@ -33,18 +33,25 @@ from elastic_ep.runtime.weights.base import SlotLayout
 from elastic_ep.runtime.weights.checkpoint import CheckpointSource
 
 
+def _kind_of(enqueue: CudaDispatcher | None) -> str:
+    """Which graphs to replay: in pieces, or whole and with the kernels that the backend launches now."""
+    return "pieces" if enqueue is None else f"whole, split {enqueue.is_split}"
+
+
 class DeviceEngine(ElasticEngine):
     """One rank's model on a GPU.
 
     Args:
         device: index of the GPU; ranks may share one.
+        graph_tokens: graphs of steps of up to so many tokens are captured by `prepare`; larger ones when they are first needed.
         options: of `ElasticEngine`; fast_math leaves dense products and norms to the library.
     """
 
-    def __init__(self, *args: Any, device: int = 0, **options: Any) -> None:
+    def __init__(self, *args: Any, device: int = 0, graph_tokens: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.device = torch.device("cuda", device)
-        self._graphs: DecodeGraphs | None = None
+        self._graph_tokens = graph_tokens
+        self._graphs: StepGraphs | None = None
         self._captured_state: DeviceStep | None = None
 
     def load_dense(self) -> None:
@@ -86,21 +93,34 @@ class DeviceEngine(ElasticEngine):
 
     def _check_arithmetic(self) -> None:
         """Compile and load every kernel, by a step of two tokens that go nowhere."""
-        placement = ExpertPlacement(np.full((self.spec.num_layers, 1), EMPTY), self.spec.num_experts)
-        routing = RoutingTable.build(0, placement, Topology((1,)), streamed=dict.fromkeys(placement.missing_experts(), -1))
         work = [SequenceWork(-1, 0, (0, 0), SamplingParams(temperature=0))]
-        self.run_step(work, (), routing, _Nowhere(), 0)
+        self._make_room(work, ())
+        state = self._new_state(self._no_routing(), _Nowhere(), 0)
+        with torch.inference_mode():
+            self._finish(work, self._run_eagerly(work, state), state.counts, 0)
         self.kv.release(-1)
+
+    def _no_routing(self) -> RoutingTable:
+        placement = ExpertPlacement(np.full((self.spec.num_layers, 1), EMPTY), self.spec.num_experts)
+        return RoutingTable.build(0, placement, Topology((1,)), streamed=dict.fromkeys(placement.missing_experts(), -1))
+
+    def prepare(self, dispatcher: Dispatcher) -> None:
+        """See `Engine`: have the backend make its buffers, and capture the graphs."""
+        state = self._captured_state = self._new_state(self._no_routing(), dispatcher, 0)
+        if state.enqueue is not None:
+            state.enqueue.start()
+        with torch.inference_mode():
+            for size in SIZES:
+                if size <= self._graph_tokens and (size or state.enqueue is not None):
+                    self._step_graphs.captured(size, _kind_of(state.enqueue), state.enqueue is None)
 
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int
     ) -> StepOutput | PeerFailed | Interrupted:
-        """See `ElasticEngine.run_step`. Over the cuda dispatch backend a decode waits for the device at its end only."""
+        """See `ElasticEngine.run_step`. Over the cuda dispatch backend a graph waits for the device at its end only."""
         self._make_room(work, release)
-        enqueue = dispatcher if isinstance(dispatcher, CudaDispatcher) else None
-        counts = self._counts.zero_() if self._count_experts else None
-        self._wrong.zero_()  # a void step may have left its mark
-        state = DeviceStep(routing, dispatcher, enqueue, step, self._device_slots.tables(), counts, self._wrong)
+        state = self._new_state(routing, dispatcher, step)
+        enqueue = state.enqueue
         if enqueue is not None:
             enqueue.begin_step(routing, routing.epoch, step)
         try:
@@ -110,54 +130,63 @@ class DeviceEngine(ElasticEngine):
             return void.outcome
         if enqueue is not None and (outcome := enqueue.wait()) is not None:
             return outcome
-        return self._finish(work, logits, counts, routing.epoch)
+        return self._finish(work, logits, state.counts, routing.epoch)
+
+    def _new_state(self, routing: RoutingTable, dispatcher: Dispatcher, step: int) -> DeviceStep:
+        enqueue = dispatcher if isinstance(dispatcher, CudaDispatcher) else None
+        counts = self._counts.zero_() if self._count_experts else None
+        self._wrong.zero_()  # a void step may have left its mark
+        return DeviceStep(routing, dispatcher, enqueue, step, self._device_slots.tables(), counts, self._wrong)
 
     def _run(self, work: Sequence[SequenceWork], state: DeviceStep) -> torch.Tensor:
-        """Logits float32 [sampled sequences, vocab], on the device. A decode is replayed, if no exchange inside a graph has to wait for an
-        expert that is streamed."""
+        """Logits float32 [sampled sequences, vocab], on the device. A graph is replayed if there is one so large, and no exchange inside it
+        has to wait for an expert that is streamed."""
         enqueue = state.enqueue
-        size = DecodeGraphs.size_for(work, SIZES[-1] if enqueue is None else enqueue.capacity.max_tokens)
+        size = StepGraphs.size_for(work, SIZES[-1] if enqueue is None else enqueue.capacity.max_tokens)
         is_one_graph = enqueue is not None and self.rank not in state.routing.streamed.values()
         if size is not None and (is_one_graph or (enqueue is None and size > 0)):
-            kind = "pieces" if enqueue is None else f"whole, split {enqueue.is_split}"
             self._captured_state = state
-            return self._decode_graphs.prepare(work, size, kind, enqueue is None).replay(state, len(work))
+            graph = self._step_graphs.prepare(work, size, _kind_of(enqueue), enqueue is None)
+            return graph.replay(state, sum(len(item.tokens) for item in work), sum(item.sample is not None for item in work))
+        return self._run_eagerly(work, state)
+
+    def _run_eagerly(self, work: Sequence[SequenceWork], state: DeviceStep) -> torch.Tensor:
+        """The same, kernel by kernel."""
         self._set_state(state)
         if not work:
             return self._device_serve_only()
         ends = np.cumsum([len(item.tokens) for item in work])
-        sampled = [int(end) - 1 for item, end in zip(work, ends, strict=True) if item.sample is not None]
+        rows = torch.tensor([int(end) - 1 for item, end in zip(work, ends, strict=True) if item.sample is not None])
+        sampled = rows.pin_memory().to(self.device, non_blocking=True) if len(rows) else None
         return self._device_forward(self._device_kv.tables(work), sampled)
 
     @property
-    def _decode_graphs(self) -> DecodeGraphs:
+    def _step_graphs(self) -> StepGraphs:
         if self._graphs is None:
             width = min(self._device_kv.num_pages, -(-self.spec.max_positions // self._device_kv.page_tokens))
-            self._graphs = DecodeGraphs(self._device_kv, width, self.device, self._capture_forward)
+            self._graphs = StepGraphs(self._device_kv, width, self.device, self._capture_forward)
         return self._graphs
 
-    def _capture_forward(self, tables: StepTables, is_real: torch.Tensor, cut: Any) -> torch.Tensor:
+    def _capture_forward(self, tables: StepTables, marks: Marks, cut: Any) -> torch.Tensor:
         """What a graph captures. Of the state only tensors at fixed addresses stay in it."""
         assert self._captured_state is not None
-        self._set_state(replace(self._captured_state, is_real=is_real, cut=cut))
-        if not len(is_real):
+        self._set_state(replace(self._captured_state, is_real=marks.is_real, cut=cut))
+        if not len(marks.is_real):
             return self._device_serve_only()
-        return self._device_forward(tables, range(len(is_real)))
+        return self._device_forward(tables, marks.sampled)
 
     def _set_state(self, state: DeviceStep) -> None:
         for layer in self._layers:
             layer.state = state  # type: ignore[assignment]
 
-    def _device_forward(self, tables: StepTables, sampled: Sequence[int]) -> torch.Tensor:
-        """Logits of the tokens in these rows."""
+    def _device_forward(self, tables: StepTables, sampled: torch.Tensor | None) -> torch.Tensor:
+        """Logits of the tokens in these rows (int64, on the device)."""
         self._device_kv.step = tables
         out = self._model.model(input_ids=tables.ids[None], position_ids=tables.positions[None], use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state[0]
-        if not sampled:
+        if sampled is None:
             return hidden.new_empty(0, 0)
-        if len(sampled) < len(hidden):
-            hidden = hidden[torch.tensor(sampled).pin_memory().to(self.device, non_blocking=True)]
-        logits: torch.Tensor = self._model.lm_head(hidden).float()
+        logits: torch.Tensor = self._model.lm_head(hidden.index_select(0, sampled)).float()
         return logits
 
     def _device_serve_only(self) -> torch.Tensor:

@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs, so that a step does not wait for the processor to launch its kernels one by one.
+"""Steps as CUDA graphs, so that a step does not wait for the processor to launch its kernels one by one.
 
 Over the cuda dispatch backend a step is one graph, exchanges with peers included. Over a backend of host memory it is one piece between
-two exchanges each. Graphs are captured once for each number of tokens out of `SIZES` when it is first needed: a new epoch changes what the
-tables hold, not where they are. Tokens of nobody fill a graph up; rows do not know each other, so they change nobody's bits.
+two exchanges each. Graphs are captured once for each number of tokens out of `SIZES`: a new epoch changes what the tables hold, not where
+they are. Tokens of nobody fill a graph up; rows do not know each other, so they change nobody's bits. Nor does it matter to a graph whose
+tokens they are: a prompt's are rows like any other, each with its own way through the pages of its sequence.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from elastic_ep.brain.messages import SequenceWork
 from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep
 from elastic_ep.models.gpu.kv import DeviceKV, StepTables, packed_length, unpack
 
-SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MOST_SAMPLED = 128
+"""sequences that get a token in one graph, at most"""
 
 
 class Piece(NamedTuple):
@@ -31,23 +36,33 @@ class Piece(NamedTuple):
     combined: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class DecodeGraph:
-    """One captured step of up to `count` tokens.
+class Marks(NamedTuple):
+    """What a graph reads beside `StepTables`, on the device.
 
     Attributes:
-        packed: the step's tables (`DeviceKV.decode_tables`).
-        is_real: int64 [count], 1 for tokens of somebody.
-        logits: float32 [count, vocab].
+        is_real: int64 [tokens], 1 for tokens of somebody.
+        sampled: int64 [most that are sampled], the rows whose logits are wanted.
+    """
+
+    is_real: Any
+    sampled: Any
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """One captured step of up to so many tokens.
+
+    Attributes:
+        packed: its tables and marks, one after the other.
+        logits: float32 [most that are sampled, vocab].
     """
 
     pieces: Sequence[Piece]
     packed: torch.Tensor
-    is_real: torch.Tensor
     logits: torch.Tensor
 
-    def replay(self, state: DeviceStep, num_tokens: int) -> torch.Tensor:
-        """Enqueue all of it; between two pieces the exchange is waited for. Returns [num_tokens, vocab]. Raises StepVoid."""
+    def replay(self, state: DeviceStep, num_tokens: int, num_sampled: int) -> torch.Tensor:
+        """Enqueue all of it; between two pieces the exchange is waited for. Returns [num_sampled, vocab]. Raises StepVoid."""
         for piece in self.pieces:
             piece.graph.replay()
             if piece.experts is not None:
@@ -57,7 +72,7 @@ class DecodeGraph:
                 assert piece.combined is not None
                 out = piece.experts.exchange(piece.x[:num_tokens], piece.ids[:num_tokens], piece.weights[:num_tokens], state)
                 piece.combined[:num_tokens].copy_(out)
-        return self.logits[:num_tokens]
+        return self.logits[:num_sampled]
 
 
 @dataclass
@@ -85,51 +100,71 @@ class Capture:
         self.pieces.append(Piece(self.graph))
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The graphs of one rank.
 
     Args:
         width: pages of the longest sequence.
-        forward: (tables, is_real, cut) -> logits [count, vocab] on the device. Runs during the capture only.
+        forward: (tables, marks, cut) -> logits [most that are sampled, vocab] on the device. Runs during the capture only.
     """
 
-    def __init__(
-        self, kv: DeviceKV, width: int, device: torch.device, forward: Callable[[StepTables, torch.Tensor, Any], torch.Tensor]
-    ) -> None:
+    def __init__(self, kv: DeviceKV, width: int, device: torch.device, forward: Callable[[StepTables, Marks, Any], torch.Tensor]) -> None:
         self._kv = kv
         self._width = width
         self._device = device
         self._forward = forward
-        self._graphs: dict[tuple[int, str], DecodeGraph] = {}
+        self._graphs: dict[tuple[int, str], StepGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle()
         # torch hands out streams of one priority in turn: of another, it is shared with no thread that loads or sends experts
         self._stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def size_for(work: Sequence[SequenceWork], most: int) -> int | None:
-        """The graph for this work; None if it is more than one token of each sequence, or the graph would have more than `most` tokens."""
-        if any(len(item.tokens) != 1 or item.sample is None for item in work):
+        """The graph for this work; None if there is none so large, or it would have more than `most` tokens."""
+        if sum(item.sample is not None for item in work) > MOST_SAMPLED:
             return None
-        return next((size for size in SIZES if len(work) <= size <= most), None)
+        num_tokens = sum(len(item.tokens) for item in work)
+        return next((size for size in SIZES if num_tokens <= size <= most), None)
 
-    def prepare(self, work: Sequence[SequenceWork], size: int, kind: str, is_cut: bool) -> DecodeGraph:
+    def prepare(self, work: Sequence[SequenceWork], size: int, kind: str, is_cut: bool) -> StepGraph:
         """The graph of this size with the step's tables on their way into it. Graphs of another `kind` are others; `is_cut`: in pieces."""
+        graph = self.captured(size, kind, is_cut)
+        if size:
+            graph.packed.copy_(torch.from_numpy(self._pack(work, size)).pin_memory(), non_blocking=True)
+        return graph
+
+    def captured(self, size: int, kind: str, is_cut: bool) -> StepGraph:
+        """The graph of this size, captured now if it was not before."""
         found = self._graphs.get((size, kind))
         if found is None:
             found = self._graphs[size, kind] = self._capture(size, is_cut)
-        if size:
-            self._kv.decode_tables(work, found.packed, size, self._width)
-            found.is_real.copy_((torch.arange(size) < len(work)).long().pin_memory(), non_blocking=True)
         return found
 
-    def _capture(self, size: int, is_cut: bool) -> DecodeGraph:
-        packed = torch.zeros(packed_length(size, size, self._width), dtype=torch.int64, device=self._device)
-        is_real = torch.zeros(size, dtype=torch.int64, device=self._device)
+    def _pack(self, work: Sequence[SequenceWork], size: int) -> NDArray[np.int64]:
+        packed = np.zeros(self._length(size), dtype=np.int64)
+        tables, marks = self._unpack(packed, size)
+        num_tokens = self._kv.fill_tables(tables, work)
+        marks.is_real[:num_tokens] = 1
+        ends = np.cumsum([len(item.tokens) for item in work])
+        rows = [int(end) - 1 for item, end in zip(work, ends, strict=True) if item.sample is not None]
+        marks.sampled[: len(rows)] = rows
+        return packed
+
+    def _length(self, size: int) -> int:
+        return packed_length(size, size, self._width) + size + min(size, MOST_SAMPLED)
+
+    def _unpack(self, packed: Any, size: int) -> tuple[StepTables, Marks]:
+        begin = packed_length(size, size, self._width)
+        return unpack(packed[:begin], size, size, self._width), Marks(packed[begin : begin + size], packed[begin + size :])
+
+    def _capture(self, size: int, is_cut: bool) -> StepGraph:
+        packed = torch.zeros(self._length(size), dtype=torch.int64, device=self._device)
+        tables, marks = self._unpack(packed, size)
         capture = Capture(self._pool)
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(self._stream):
             capture.begin()
-            logits = self._forward(unpack(packed, size, size, self._width), is_real, capture.cut if is_cut else None)
+            logits = self._forward(tables, marks, capture.cut if is_cut else None)
             capture.end()
         torch.cuda.synchronize(self._device)
-        return DecodeGraph(tuple(capture.pieces), packed, is_real, logits)
+        return StepGraph(tuple(capture.pieces), packed, logits)

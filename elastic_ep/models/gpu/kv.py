@@ -65,34 +65,27 @@ class DeviceKV(Pages):
 
     def tables(self, work: Sequence[SequenceWork]) -> StepTables:
         """For sequences laid out one after the other; `extend` made room for each. One copy to the device."""
-        counts = np.array([len(item.tokens) for item in work])
-        total, width = int(counts.sum()), max(len(self.pages_of(item.seq_id)) for item in work)
+        total, width = sum(len(item.tokens) for item in work), max(len(self.pages_of(item.seq_id)) for item in work)
         packed = np.zeros(packed_length(total, len(work), width), dtype=np.int64)
-        host = unpack(packed, total, len(work), width)
-        host.ids[:] = [token for item in work for token in item.tokens]
-        host.sequences[:] = np.repeat(np.arange(len(work)), counts)
-        starts = np.array([item.start for item in work])
-        host.positions[:] = np.arange(total) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(starts, counts)
-        self._fill_pages(host, work)
+        self.fill_tables(unpack(packed, total, len(work), width), work)
         return unpack(torch.from_numpy(packed).pin_memory().to(self._device, non_blocking=True), total, len(work), width)
 
-    def decode_tables(self, work: Sequence[SequenceWork], target: torch.Tensor, count: int, width: int) -> None:
-        """The same for one token of each sequence, and tokens of nobody up to `count`, into int64 memory on the device."""
-        packed = np.zeros(packed_length(count, count, width), dtype=np.int64)
-        host = unpack(packed, count, count, width)
-        host.ids[: len(work)] = [item.tokens[0] for item in work]
-        host.sequences[:] = np.arange(count)
-        host.positions[: len(work)] = [item.start for item in work]
+    def fill_tables(self, host: StepTables, work: Sequence[SequenceWork]) -> int:
+        """The same into arrays of zeros that may be longer: tokens of nobody follow, in the scratch page. Returns the others' number."""
+        counts = np.array([len(item.tokens) for item in work])
+        total = int(counts.sum())
+        host.ids[:total] = [token for item in work for token in item.tokens]
+        host.sequences[:total] = np.repeat(np.arange(len(work)), counts)
+        host.sequences[total:] = len(host.pages) - 1
+        starts = np.array([item.start for item in work])
+        host.positions[:total] = np.arange(total) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(starts, counts)
         host.pages[len(work) :] = self.scratch_page
-        self._fill_pages(host, work)
-        target.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
-
-    def _fill_pages(self, host: StepTables, work: Sequence[SequenceWork]) -> None:
         for row, item in zip(host.pages, work, strict=False):
             owned = self.pages_of(item.seq_id)
             row[: len(owned)] = owned
         page, place = np.divmod(host.positions, self.page_tokens)
         host.cells[:] = host.pages[host.sequences, page] * self.page_tokens + place
+        return total
 
     def attend(
         self,

@@ -75,6 +75,8 @@ class DeviceSlots:
 
     @backup.setter
     def backup(self, source: ExpertSource | None) -> None:
+        if self._mapped is not None:
+            self._mapped.close()
         self._mapped = MappedBackup(source, self._layout.num_bytes, self.device) if isinstance(source, HostBackup) else None
 
     def matrices(self, is_transposed: bool) -> dict[str, Part]:

@@ -14,7 +14,7 @@ import secrets
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -268,14 +268,24 @@ class Agent:
             process.watch()
             if key in self._doomed:
                 process.kill()
-        elif event.kind == "exited":
-            self._faults.reach("agent_exited")
-            self._forget(key)
-        self._report(event)
-        if event.kind == "spawned":
+            self._report(event)
             self._faults.reach("agent_spawned_told")
-        elif event.kind == "exited":
-            self._faults.reach("agent_exited_told")
+        elif event.kind == "stopped":
+            self._report(event)
+        else:
+            self._on_end(event)
+
+    def _on_end(self, event: ProcessEvent) -> None:
+        """It is ending, or has exited: whichever is known first is told."""
+        key = (event.rank, event.incarnation)
+        if event.kind == "ending" and (process := self._processes.get(key)) is not None:
+            event = replace(event, kind="exited", status=process.state().exit)
+        elif key not in self._processes:
+            return
+        self._faults.reach("agent_exited")
+        self._forget(key)
+        self._report(event)
+        self._faults.reach("agent_exited_told")
 
     def _report(self, event: ProcessEvent) -> None:
         log.info("rank %d (process %d, pid %d) %s %s", event.rank, event.incarnation, event.pid, event.kind, event.status)

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+from elastic_ep.runtime.launch.lives import Lives
 from elastic_ep.runtime.launch.zygote import MAX_PACKET_BYTES
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
@@ -20,7 +22,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 @dataclass(frozen=True)
 class ProcessEvent:
-    """What became of a rank's process: "spawned", "exited" or "stopped"."""
+    """What became of a rank's process: "spawned", "stopped", "ending" (it runs no more) or "exited" (it is gone)."""
 
     kind: str
     rank: int
@@ -45,6 +47,8 @@ class Launcher:
         self._argument = preload_argument
         self._on_event = on_event
         self._on_lost = on_lost
+        self._lives: Lives
+        self._cells: dict[tuple[int, int], int] = {}
         self._outbox: deque[bytes] = deque()
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,13 +64,14 @@ class Launcher:
         return self._sock is not None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._lives = Lives()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         command = [sys.executable, "-m", "elastic_ep.runtime.launch.zygote", "--fd", str(theirs.fileno())]
-        command += ["--preload", self._preload, "--preload-argument", self._argument]
+        command += ["--lives-fd", str(self._lives.fd), "--preload", self._preload, "--preload-argument", self._argument]
         env = os.environ | ONE_THREAD
         self._process = subprocess.Popen(
-            command, pass_fds=(theirs.fileno(), *self._pass_fds), env=env, start_new_session=True, stdin=subprocess.DEVNULL
+            command, pass_fds=(theirs.fileno(), self._lives.fd, *self._pass_fds), env=env, start_new_session=True, stdin=subprocess.DEVNULL
         )
         theirs.close()
         self._sock, self._loop = ours, loop
@@ -75,7 +80,8 @@ class Launcher:
     def spawn(self, rank: int, incarnation: int, target: str, config: dict[str, Any]) -> None:
         """Ask for a rank process running `target(config)` (`module:function`). A "spawned" event tells its pid."""
         assert self._sock is not None, "start() first"
-        order = {"rank": rank, "incarnation": incarnation, "target": target, "config": config}
+        cell = self._cells[rank, incarnation] = self._lives.new_cell()
+        order = {"rank": rank, "incarnation": incarnation, "cell": cell, "target": target, "config": config}
         self._outbox.append(json.dumps(order).encode())
         self._write()
 
@@ -109,8 +115,22 @@ class Launcher:
                 return
             record = json.loads(packet)
             kind = record.pop("event")
-            if kind != "ready":
-                self._on_event(ProcessEvent(kind, **record))
+            if kind == "ready":
+                continue
+            event = ProcessEvent(kind, **record)
+            self._on_event(event)
+            if kind == "spawned":
+                self._watch(event)
+
+    def _watch(self, spawned: ProcessEvent) -> None:
+        assert self._loop is not None
+        loop, ending = self._loop, replace(spawned, kind="ending")
+
+        def on_end() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._on_event, ending)
+
+        self._lives.watch(self._cells.pop((spawned.rank, spawned.incarnation)), on_end)
 
     def _forget(self) -> None:
         if self._sock is not None and self._loop is not None:
@@ -118,6 +138,7 @@ class Launcher:
             self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
             self._sock = None
+            self._lives.close()
 
     def close(self) -> None:
         """End the zygote, whatever it is doing. Its ranks are not touched."""

@@ -20,6 +20,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from elastic_ep.runtime.launch.lives import Lives
+
 MAX_PACKET_BYTES = 1 << 16
 
 
@@ -41,8 +43,9 @@ def end_with_parent() -> None:
 class Zygote:
     """Forks on request, reaps, reports."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, lives: Lives) -> None:
         self.sock = sock
+        self.lives = lives
         self.children: dict[int, tuple[int, int]] = {}
         self.wake_r, self.wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -99,9 +102,16 @@ class Zygote:
     def spawn(self, order: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        holds_r, holds_w = os.pipe()
         pid = os.fork()
         if pid == 0:
+            self.lives.hold(order["cell"])
+            os.close(holds_w)
+            os.close(holds_r)
             self._become(order)
+        os.close(holds_w)
+        os.read(holds_r, 1)  # until the child has its cell, or has ended
+        os.close(holds_r)
         self.children[pid] = (order["rank"], order["incarnation"])
         self.send(event="spawned", rank=order["rank"], incarnation=order["incarnation"], pid=pid)
 
@@ -127,12 +137,13 @@ class Zygote:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="elastic-ep-zygote", description="Internal: forks rank processes for a controller.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the controller")
+    parser.add_argument("--lives-fd", type=int, required=True, help="inherited memory for signs of life")
     parser.add_argument("--preload", required=True, metavar="MODULE:FUNCTION", help="called once, before the first fork")
     parser.add_argument("--preload-argument", default="")
     options = parser.parse_args(argv)
     end_with_parent()
     resolve(options.preload)(options.preload_argument)
-    Zygote(socket.socket(fileno=options.fd)).serve()
+    Zygote(socket.socket(fileno=options.fd), Lives(options.lives_fd)).serve()
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ class CudaDispatcher:
         cache: folder for the compiled kernels; None: `.cache/elastic-ep` in the home folder.
         split: run the parts of a direction as kernels of their own, of which one block waits; None: if ranks share the GPU. Large batches
             always run so.
+        shares: whether ranks are taken to share the GPU before the first `connect` tells.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class CudaDispatcher:
         grace_s: float = 0.005,
         cache: Path | None = None,
         split: bool | None = None,
+        shares: bool = False,
     ):
         if not 0 <= rank < capacity.num_seats:
             raise InvalidInputError(f"rank {rank} has no seat among {capacity.num_seats}; give Capacity a larger num_seats")
@@ -107,7 +109,7 @@ class CudaDispatcher:
         self._limits_ns = int(deadline_s * 1e9), int(grace_s * 1e9)
         self._cache = cache
         self._forced_split = split
-        self._split = bool(split)
+        self._split = shares if split is None else split
         self._active: list[int] = []
         self._routing: RoutingTable | None = None
         self._last = StepPoint(-1, -1, -1)
@@ -270,7 +272,7 @@ class CudaDispatcher:
         args.x, args.ids = x.data_ptr(), ids.data_ptr()
         args.copy_x = int(x.data_ptr() != self._memory.region + self._layout.x_at)
         per_sm = _SHARED_BLOCKS_PER_SM if self._split else _BLOCKS_PER_SM
-        moving = max(1, min(per_sm * self._num_sms, len(self._active) * max(tokens, 32)))
+        moving = max(1, min(per_sm * self._num_sms, self._num_active * max(tokens, 32)))
         publishing = max(1, min(self._num_sms, max(-(-args.experts // _WARPS), tokens)))
         stream = self._stream()
         if self._waits_apart(tokens):
@@ -332,7 +334,12 @@ class CudaDispatcher:
     def _waits_apart(self, tokens: int) -> bool:
         """Whether a single block waits, in a kernel of its own. More than one waiting block per multiprocessor was measured to be slow:
         2.1 ms instead of 0.09 ms for 512 tokens of a rank alone."""
-        return self._split or len(self._active) * max(tokens, 32) > self._num_sms
+        return self._split or self._num_active * max(tokens, 32) > self._num_sms
+
+    @property
+    def _num_active(self) -> int:
+        """Before the first `connect`: as if half the seats were taken."""
+        return len(self._active) or -(-self.capacity.num_seats // 2)
 
     def _stream(self) -> int:
         stream: int = torch.cuda.current_stream(self.device).cuda_stream

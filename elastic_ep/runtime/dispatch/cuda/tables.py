@@ -18,7 +18,7 @@ class DeviceTables:
         size = capacity.num_layers * capacity.num_experts * capacity.max_replicas
         self._replica_rank = torch.full((size,), -1, dtype=torch.int32, device=device)
         self._quota = torch.ones(size, dtype=torch.float64, device=device)
-        self.num_experts = 0
+        self.num_experts = capacity.num_experts
 
     def install(self, routing: RoutingTable) -> None:
         """Copy a table to the device, in the order of the current stream. Raises InvalidInputError if it is too large."""

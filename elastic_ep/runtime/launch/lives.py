@@ -1,0 +1,70 @@
+"""Signs of life: a lock in shared memory that a process holds for as long as it runs.
+
+The kernel gives up the locks of a process as the first thing of its end (futex(2), robust lists), before it frees the memory and closes the
+channels. Of a process that uses a GPU those close 50 ms later and its pidfd is readable after 150 to 200, when the driver has taken its
+context apart.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable
+
+_CELL_BYTES = 64
+_NUM_CELLS = 4096
+_PROCESS_SHARED, _ROBUST = 1, 1
+
+_libc = ctypes.CDLL(None)
+
+
+class Lives:
+    """Cells, each for one process; a process that is forked later shares them through `fd`.
+
+    Args:
+        fd: of another `Lives`; None makes new memory.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        if fd is None:
+            fd = os.memfd_create("elastic-ep-lives")
+            os.ftruncate(fd, _CELL_BYTES * _NUM_CELLS)
+        self.fd = fd
+        self._memory = mmap.mmap(fd, _CELL_BYTES * _NUM_CELLS)
+        self._begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._next = 0
+
+    def new_cell(self) -> int:
+        """One that no process holds, unless it outlived thousands."""
+        cell = self._next
+        self._next = (cell + 1) % _NUM_CELLS
+        return cell
+
+    def _address(self, cell: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p(self._begin + cell * _CELL_BYTES)
+
+    def hold(self, cell: int) -> None:
+        """The calling thread, which must be the one that lives as long as its process, holds the cell from here on. Where the C library
+        has no such locks nothing happens, and `watch` never calls."""
+        kind = ctypes.create_string_buffer(_CELL_BYTES)
+        _libc.pthread_mutexattr_init(kind)
+        _libc.pthread_mutexattr_setpshared(kind, _PROCESS_SHARED)
+        if _libc.pthread_mutexattr_setrobust(kind, _ROBUST) == 0 and _libc.pthread_mutex_init(self._address(cell), kind) == 0:
+            _libc.pthread_mutex_lock(self._address(cell))
+
+    def watch(self, cell: int, on_end: Callable[[], None]) -> None:
+        """Call `on_end` in a thread as soon as the process that holds the cell ends; at once if it has."""
+        threading.Thread(target=self._wait, args=(cell, on_end), name=f"life {cell}", daemon=True).start()
+
+    def _wait(self, cell: int, on_end: Callable[[], None]) -> None:
+        held = _libc.pthread_mutex_lock(self._address(cell))
+        _libc.pthread_mutex_unlock(self._address(cell))
+        if held == errno.EOWNERDEAD:
+            on_end()
+
+    def close(self) -> None:
+        """No process can share it from here on; those that do are watched on."""
+        os.close(self.fd)
