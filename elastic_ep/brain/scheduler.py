@@ -55,20 +55,26 @@ def place_waiting(table: RequestTable, ranks: Iterable[int], limits: SchedulerLi
     return placed
 
 
-def step_work(table: RequestTable, ranks: Iterable[int], limits: SchedulerLimits) -> dict[int, list[tuple[Sequence, SequenceWork]]]:
-    """The work of each rank in one step (an empty list for a rank that only serves its experts)."""
-    work: dict[int, list[tuple[Sequence, SequenceWork]]] = {rank: [] for rank in ranks}
-    budget = dict.fromkeys(work, limits.max_batch_tokens)
-    prefills = []
+StepWork = dict[int, list[tuple[Sequence, SequenceWork]]]
+"""rank -> what it computes in one step; nothing for a rank that only serves its experts"""
+
+
+def decode_work(table: RequestTable, ranks: Iterable[int], limits: SchedulerLimits) -> StepWork:
+    """The next token of each sequence that needs no prefill."""
+    work: StepWork = {rank: [] for rank in ranks}
     for sequence in table.running.values():
         home = sequence.home
         assert home is not None
-        if not sequence.is_decoding:
-            prefills.append(sequence)
-        elif budget[home] > 0:
+        if sequence.is_decoding and len(work[home]) < limits.max_batch_tokens:
             work[home].append((sequence, sequence.next_work(1)))
-            budget[home] -= 1
-    for sequence in sorted(prefills, key=lambda s: s.arrival):
+    return work
+
+
+def step_work(table: RequestTable, ranks: Iterable[int], limits: SchedulerLimits) -> StepWork:
+    """The work of each rank in one step."""
+    work = decode_work(table, ranks, limits)
+    budget = {rank: limits.max_batch_tokens - len(items) for rank, items in work.items()}
+    for sequence in sorted((s for s in table.running.values() if not s.is_decoding), key=lambda s: s.arrival):
         home = sequence.home
         assert home is not None
         room = min(budget[home], limits.prefill_chunk)

@@ -6,7 +6,7 @@ from elastic_ep.brain import changes, members, operations
 from elastic_ep.brain.events import Emit, FailureCause, Send, StepCommitted
 from elastic_ep.brain.messages import RunStep, SampledToken, SequenceWork, StepDone
 from elastic_ep.brain.requests import Sequence
-from elastic_ep.brain.scheduler import place_waiting, step_work
+from elastic_ep.brain.scheduler import StepWork, decode_work, place_waiting, step_work
 from elastic_ep.brain.seats import Seat
 from elastic_ep.brain.state import BrainState, Transaction
 from elastic_ep.core.recovery import Phase, Trigger
@@ -24,10 +24,7 @@ def run_step(state: BrainState, now: float) -> None:
     if state.change is not None and state.change.is_due:
         changes.switch(state, now)
         return
-    work: dict[int, list[tuple[Sequence, SequenceWork]]] = {}
-    if state.requests.waiting or state.requests.running:
-        place_waiting(state.requests, operations.homes(state), state.settings.limits)
-        work = step_work(state.requests, state.membership.ranks, state.settings.limits)
+    work = _next_work(state)
     if not any(work.values()):
         if state.group.phase is Phase.RESUMING:
             resumed(state, now, "nothing to resume")
@@ -39,6 +36,17 @@ def run_step(state: BrainState, now: float) -> None:
         state.step.release[rank], state.release[rank] = tuple(state.release[rank]), []
         message = RunStep(state.membership.epoch, state.step.number, tuple(w for _, w in items), state.step.release[rank])
         state.out.append(Send(rank, message))
+
+
+def _next_work(state: BrainState) -> StepWork:
+    """Of the first step after a recovery: streams that lost nothing go on, and do not wait for the prefill of those that moved."""
+    if not (state.requests.waiting or state.requests.running):
+        return {}
+    place_waiting(state.requests, operations.homes(state), state.settings.limits)
+    where = (state.requests, state.membership.ranks, state.settings.limits)
+    if state.group.phase is Phase.RESUMING and any((work := decode_work(*where)).values()):
+        return work
+    return step_work(*where)
 
 
 def on_step_done(state: BrainState, seat: Seat, done: StepDone, now: float) -> None:

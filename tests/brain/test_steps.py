@@ -92,6 +92,27 @@ def test_a_recovery_is_over_when_the_first_tokens_are_committed():
     assert line.reason == "step 4 committed"
 
 
+def test_streams_that_lost_nothing_do_not_wait_for_the_prompts_of_those_that_moved():
+    world = World().boot()
+    names = [f"q{i}" for i in range(4)]
+    for i, name in enumerate(names):
+        world.submit(name, [i + 1] * 6, 8)
+    world.settle_until(lambda: all(len(world.received[name]) > 2 for name in names))
+    running = world.brain.state.requests.running
+    moved = next(name for name in names if running[name].home == 1)
+    world.kill(1)
+    world.settle_until(lambda: world.brain.state.group.phase is Phase.RESUMING and orders(world))
+    work = [item for order in orders(world).values() for item in order.work]
+    assert [len(item.tokens) for item in work] == [1, 1, 1], "the first step has no prompt in it"
+    had = {name: len(world.received[name]) for name in names}
+    world.settle_until(lambda: world.brain.state.group.phase is Phase.SERVING)
+    assert all(len(world.received[name]) == had[name] + (name != moved) for name in names)
+    assert any(len(item.tokens) > 1 for order in orders(world).values() for item in order.work), "the second has"
+    world.settle()
+    for i, name in enumerate(names):
+        assert world.received[name] == expected([i + 1] * 6, 8)
+
+
 def test_commits_name_their_steps_in_order():
     world = World().boot()
     world.submit("a", [1], 3)
