@@ -214,7 +214,7 @@ def shared(measure: Callable[[], Any]) -> Any:
 def layers_that_fit(shape: str) -> int:
     """So that all experts are there twice, or one and a third times the larger ones, beside what ranks need for themselves."""
     gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20
-    return min(48, int(gigabytes / 2.6)) if shape == SHAPES[0] else min(3, int(gigabytes / 32))
+    return min(48, int(gigabytes / 2.6)) if shape == SHAPES[0] else min(3, int(gigabytes / 16))
 
 
 def main() -> None:
