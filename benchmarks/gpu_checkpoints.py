@@ -18,8 +18,8 @@ SHAPES = ("qwen3-30b-a3b", "deepseek-v3-slice")
 
 
 def config_of(shape: str, layers: int | None = None) -> PretrainedConfig:
-    """The published sizes; `layers` cuts it down. Of DeepSeek-V3 an expert is half as wide: in bfloat16 it then has the bytes of a whole one
-    in fp8, 44 MB."""
+    """The published sizes; `layers` cuts it down. An expert of DeepSeek-V3 is half as wide: in bfloat16 it then has the bytes of a whole
+    one in fp8, 44 MB."""
     if shape == "qwen3-30b-a3b":
         return Qwen3MoeConfig(
             vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768, num_hidden_layers=layers or 48,
