@@ -36,7 +36,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     dispatch_help = (
         "how tokens reach experts. socket: a mesh of sockets, on any host, also between ranks on GPUs (through pinned memory). cuda: "
         "peers' GPU memory, read in place by kernels; for one host with a GPU for each rank. mooncake: Mooncake EP's masked kernels over "
-        "NVLink or RDMA, bfloat16; rank 0's death ends its group; not run on hardware here. nixl: NIXL EP's, not run on hardware here"
+        "NVLink or RDMA, bfloat16; rank 0's death ends its group; one rank alone was run on hardware here. nixl: NIXL EP's, not run on "
+        "hardware here"
     )
     parser.add_argument("--dispatch", choices=["socket", "cuda", "mooncake", "nixl"], default="socket", help=dispatch_help)
     ib_help = "RDMA devices for --dispatch mooncake: names with commas between, or JSON that maps GPU numbers to names; all if not given"

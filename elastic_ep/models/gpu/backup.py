@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import mmap
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 26
 """registered at once: the driver's lock is held for about 3 ms"""
+_REST = 4.0
+"""Times as long as a registration took the lock is left to others. Under the multi-process service it is all ranks', and a thread that came
+back for it at once had them wait for up to 0.9 s."""
 _POLL_S = 0.5
 _PORTABLE = 0x01
 
@@ -101,10 +105,13 @@ class MappedBackup:
             experts = self.backup.experts.shape[1]
             for first in range(0, experts, slots):
                 at = self.backup.view(layer, first).__array_interface__["data"][0]
+                began = time.monotonic()
                 error = int(runtime.cudaHostRegister(at, (min(first + slots, experts) - first) * self._slot_bytes, _PORTABLE))
                 if error:
                     raise ElasticEPError(f"registering layer {layer} gave CUDA error {error}")
                 self._registered.append(at)
+                if self._closing.wait(_REST * (time.monotonic() - began)):
+                    return
             self._is_mapped[layer] = True
         self._done.set()
         log.info("the host backup is mapped for the GPU")
