@@ -44,8 +44,8 @@ class StepOutput:
 
 
 class Slots(Protocol):
-    """The expert slots of one rank. `stage`, `slot_bytes` and `bytes_of` may run in other threads than everything else; so may up to
-    `readers` calls of `load` at a time, for different slots.
+    """The expert slots of one rank. `load`, `stage`, `slot_bytes` and `bytes_of` may run in other threads than everything else. Up to
+    `readers` calls of each, for different slots, may run at a time.
 
     Attributes:
         shape: (L, E, bytes of a slot).

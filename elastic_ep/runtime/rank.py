@@ -150,8 +150,11 @@ class Rank:
         self.filler = Filler(slots, config.first_slot, sources, self.held, self.faults)
         turn = (config.rank, max(config.ep_size, config.rank + 1))
         upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
-        sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
-        self.stager = Stager(slots, config.first_slot, sources, upkeep, self.channel.send, self.faults, self._prepare)
+
+        def make_sources() -> Sources:
+            return Sources(slots, Peers(config.rank, self.weights_address, config.token))
+
+        self.stager = Stager(slots, config.first_slot, make_sources, upkeep, self.channel.send, self.faults, self._prepare)
 
     def _prepare(self, order: Install) -> None:
         """Build the tables of an Install before it comes (in the stager's thread)."""

@@ -1,6 +1,5 @@
-"""Background loading on a rank: a thread that fills staging memory while steps go on, and says so when all of an order lies ready.
-
-Between orders the same thread does the rank's upkeep.
+"""Background loading on a rank: a thread that has staging memory filled while steps go on, several experts at a time, and says so when all
+of an order lies ready. Between orders the same thread does the rank's upkeep.
 """
 
 from __future__ import annotations
@@ -10,15 +9,17 @@ import os
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
-from elastic_ep.brain.messages import Install, RankFatal, Stage, Staged, StageFailed
+from elastic_ep.brain.messages import Install, LoadOrder, RankFatal, Stage, Staged, StageFailed
 from elastic_ep.core.errors import CheckpointError, ElasticEPError, WrongExpertError
 from elastic_ep.runtime.engine import SlotLoad, Slots
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.upkeep import Upkeep
-from elastic_ep.runtime.weights.base import LocalSource
+from elastic_ep.runtime.weights.base import Loaded, LocalSource
 from elastic_ep.runtime.weights.sources import Sources
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Stager:
 
     Args:
         first_slot: physical id of this rank's slot 0.
-        sources: this thread's own.
+        make_sources: for each thread that reads.
         prepare: build the tables of an Install that will come.
     """
 
@@ -41,7 +42,7 @@ class Stager:
         self,
         slots: Slots,
         first_slot: int,
-        sources: Sources,
+        make_sources: Callable[[], Sources],
         upkeep: Upkeep,
         send: Callable[[Staged | StageFailed | RankFatal], None],
         faults: FaultPlan,
@@ -49,7 +50,9 @@ class Stager:
     ) -> None:
         self._slots = slots
         self._first_slot = first_slot
-        self._sources = sources
+        self._make_sources = make_sources
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(slots.readers, thread_name_prefix="stage")  # starts no thread yet
         self._upkeep = upkeep
         self._send = send
         self._faults = faults
@@ -109,26 +112,50 @@ class Stager:
             time.sleep(min(left, _PATIENCE_S))
 
     def _stage(self, stage: Stage) -> Staged | None:
+        """Leaves no read under way."""
         self._faults.reach("stage_begin")
         self._slots.drop_staged()
-        started, num_bytes = time.monotonic(), 0
-        by_source: Counter[str] = Counter()
-        errors: list[str] = []
-        for load in stage.loads:
-            if self._latest != stage.change:
-                return None
-            self._faults.reach("stage_expert")
-            place = SlotLoad(load.layer, load.slot - self._first_slot, load.expert)
-            loaded = self._slots.stage(place, self._sources.chain(load, stage.weights), load.digest)
-            num_bytes += loaded.num_bytes
-            by_source[loaded.kind] += loaded.num_bytes
-            errors += loaded.errors
-            if stage.bytes_per_s > 0:
-                self._wait_until(started + num_bytes / stage.bytes_per_s, stage)
+        done, pending = _Done(time.monotonic()), deque[Future[Loaded]]()
+        try:
+            for load in stage.loads:
+                if self._latest != stage.change:
+                    return None
+                self._faults.reach("stage_expert")
+                pending.append(self._pool.submit(self._read, stage, load))
+                if len(pending) > self._slots.readers:
+                    done.add(pending.popleft().result())
+                if stage.bytes_per_s > 0:
+                    self._wait_until(done.started + done.num_bytes / stage.bytes_per_s, stage)
+            while pending:
+                done.add(pending.popleft().result())
+        finally:
+            wait([future for future in pending if not future.cancel()])
         if stage.ahead is not None:
             self._prepare(stage.ahead)
         self._faults.reach("stage_end")
-        return Staged(stage.change, moved_bytes(by_source), tuple(errors))
+        return Staged(stage.change, moved_bytes(done.by_source), tuple(done.errors))
+
+    def _read(self, stage: Stage, load: LoadOrder) -> Loaded:
+        """In a reader's thread."""
+        if not hasattr(self._own, "sources"):
+            self._own.sources = self._make_sources()
+        place = SlotLoad(load.layer, load.slot - self._first_slot, load.expert)
+        return self._slots.stage(place, self._own.sources.chain(load, stage.weights), load.digest)
+
+
+@dataclass
+class _Done:
+    """What has been staged of an order that began at `started`."""
+
+    started: float
+    num_bytes: int = 0
+    by_source: Counter[str] = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, loaded: Loaded) -> None:
+        self.num_bytes += loaded.num_bytes
+        self.by_source[loaded.kind] += loaded.num_bytes
+        self.errors += loaded.errors
 
 
 def moved_bytes(by_source: Counter[str]) -> dict[str, int]:
