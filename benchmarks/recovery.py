@@ -4,7 +4,8 @@ checkpoint, host: there are just enough slots for three ranks to hold all expert
 before the next step, from the checkpoint's files or from the host's memory. peer: every expert has a replica, and the killed rank's
 successor is filled from the others' slots while they serve. The floor is detection + agreement + bytes / bandwidth; the bandwidth of
 each source is measured in the same run by the same number of processes reading the same experts with nothing else to do. The bar:
-detection + agreement + 1.5 x bytes / bandwidth + 50 ms. `--json` prints one object.
+detection + agreement + 1.5 x bytes / bandwidth + 50 ms. Nobody waits for a peer's bytes, which are read beside the traffic: for them a
+second bar has the bandwidth that the same raw reader gets beside the same traffic. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ def measure(kind: str, checkpoint: Path, spec: ModelSpec, kills: int) -> dict[st
     redundant = spec.num_experts if kind == "peer" else -(-spec.num_experts // SURVIVORS)  # three ranks can hold all of them
     arguments += ["--num-redundant-experts", str(redundant)]
     found = []
+    count, beside_traffic = spec.num_layers * spec.num_experts // EP_SIZE, 0.0
     with ServerProcess(checkpoint, *arguments) as server, busy(server):
         if kind == "host":
             server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], timeout_s=300)
@@ -202,12 +204,17 @@ def measure(kind: str, checkpoint: Path, spec: ModelSpec, kills: int) -> dict[st
                 found += _staged(server, records)
             else:
                 found.append(records[0])
-    count = spec.num_layers * spec.num_experts // EP_SIZE
+        if kind == "peer":
+            beside_traffic = float(np.median([bandwidth(kind, checkpoint, spec, count) for _ in range(3)]))
     rate = bandwidth(kind, checkpoint, spec, count)
     rows = [_row(record, kind, rate) for record in found]
     middle: Callable[[str], float] = lambda key: float(np.median([row[key] for row in rows]))  # noqa: E731
     keys = ("detect_ms", "agree_ms", "plan_ms", "move_ms", "mbytes", "measured_ms", "floor_ms", "bar_ms", "ratio_to_floor")
-    return {"kills": kills, "bandwidth_mb_s": rate / 1e6, **{key: middle(key) for key in keys}}
+    out = {"kills": kills, "bandwidth_mb_s": rate / 1e6, **{key: middle(key) for key in keys}}
+    if beside_traffic:
+        out["busy_bandwidth_mb_s"] = beside_traffic / 1e6
+        out["busy_bar_ms"] = FACTOR * out["mbytes"] / out["busy_bandwidth_mb_s"] * 1e3 + ALLOWANCE_MS
+    return out
 
 
 def _staged(server: ServerProcess, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -259,6 +266,7 @@ def main() -> None:
             print(
                 f"  {kind:>10}: {row['mbytes']:7.1f} MB at {row['bandwidth_mb_s']:.0f} MB/s: {row['measured_ms']:.0f} ms ({phases}), "
                 f"{row['ratio_to_floor']:.2f} x the floor of {row['floor_ms']:.0f} ms, bar {row['bar_ms']:.0f} ms"
+                + (f"; beside the traffic {row['busy_bandwidth_mb_s']:.0f} MB/s: bar {row['busy_bar_ms']:.0f} ms" if kind == "peer" else "")
             )
 
 
