@@ -207,11 +207,9 @@ def peer(folder: Path, tokens: int) -> dict[str, float]:
 
 
 def shared(measure: Callable[[], Any]) -> Any:
-    """Measure under the multi-process service. Raises RuntimeError where there is none."""
+    """Measure under the multi-process service, or as the driver shares a GPU where there is none; says which."""
     with tempfile.TemporaryDirectory() as folder, multi_process_service(folder) as there:
-        if not there:
-            raise RuntimeError("nvidia-cuda-mps-control is not here or does not start; give --share slices")
-        return measure()
+        return {"shared_by": "service" if there else "slices", **measure()}
 
 
 def layers_that_fit(shape: str) -> int:

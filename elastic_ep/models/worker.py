@@ -71,6 +71,7 @@ def make_backend(
 ) -> MeshDispatcher:
     """The dispatcher of a rank."""
     if dispatch.backend == "cuda":
+        from elastic_ep.models.gpu.graphs import graph_size
         from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
         from elastic_ep.runtime.dispatch.cuda.region import Capacity
 
@@ -79,7 +80,7 @@ def make_backend(
             dispatch.num_seats,
             spec.num_experts,
             spec.num_layers,
-            dispatch.max_tokens,
+            graph_size(dispatch.max_tokens),
             spec.num_experts_per_tok,
             spec.hidden_size,
             2 if (engine["dtype"] or spec.dtype) == "bfloat16" else 4,
@@ -93,7 +94,7 @@ def make_backend(
             device=gpu_of(rank.rank),
             interrupt=control,
             deadline_s=rank.exchange_timeout_s,
-            shares=rank.ep_size > torch.cuda.device_count(),
+            shares=any(gpu_of(other) == gpu_of(rank.rank) for other in range(rank.ep_size) if other != rank.rank),
         )
     if dispatch.factory:
         spec = inspect_checkpoint(engine["checkpoint_dir"])

@@ -52,7 +52,7 @@ class Stager:
         self._first_slot = first_slot
         self._make_sources = make_sources
         self._own = threading.local()
-        self._pool = ThreadPoolExecutor(slots.readers, thread_name_prefix="stage")  # starts no thread yet
+        self._pool = ThreadPoolExecutor(slots.readers, thread_name_prefix="stage") if slots.readers > 1 else None  # starts no thread yet
         self._upkeep = upkeep
         self._send = send
         self._faults = faults
@@ -115,28 +115,33 @@ class Stager:
         """Leaves no read under way."""
         self._faults.reach("stage_begin")
         self._slots.drop_staged()
-        done, pending = _Done(time.monotonic()), deque[Future[Loaded]]()
+        started, done, pending = time.monotonic(), _Done(), deque[Future[Loaded]]()
         try:
-            for load in stage.loads:
+            for number, load in enumerate(stage.loads, 1):
                 if self._latest != stage.change:
                     return None
                 self._faults.reach("stage_expert")
-                pending.append(self._pool.submit(self._read, stage, load))
+                if self._pool is None:
+                    done.add(self._read(stage, load))
+                else:
+                    pending.append(self._pool.submit(self._read, stage, load))
                 if len(pending) > self._slots.readers:
                     done.add(pending.popleft().result())
                 if stage.bytes_per_s > 0:
-                    self._wait_until(done.started + done.num_bytes / stage.bytes_per_s, stage)
+                    self._wait_until(started + number * self._slots.shape[2] / stage.bytes_per_s, stage)
             while pending:
                 done.add(pending.popleft().result())
         finally:
             wait([future for future in pending if not future.cancel()])
+        if self._latest != stage.change:
+            return None
         if stage.ahead is not None:
             self._prepare(stage.ahead)
         self._faults.reach("stage_end")
         return Staged(stage.change, moved_bytes(done.by_source), tuple(done.errors))
 
     def _read(self, stage: Stage, load: LoadOrder) -> Loaded:
-        """In a reader's thread."""
+        """In a reader's thread, or in this one where only one is to read."""
         if not hasattr(self._own, "sources"):
             self._own.sources = self._make_sources()
         place = SlotLoad(load.layer, load.slot - self._first_slot, load.expert)
@@ -145,15 +150,12 @@ class Stager:
 
 @dataclass
 class _Done:
-    """What has been staged of an order that began at `started`."""
+    """What has been staged of an order."""
 
-    started: float
-    num_bytes: int = 0
     by_source: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
     def add(self, loaded: Loaded) -> None:
-        self.num_bytes += loaded.num_bytes
         self.by_source[loaded.kind] += loaded.num_bytes
         self.errors += loaded.errors
 

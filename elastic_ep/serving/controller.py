@@ -372,7 +372,9 @@ class Controller:
         elif event.kind == "stopped":
             self._fail(*key, FailureCause.STOPPED, event.status)
         elif event.kind == "ending":
-            self._ended(*key, self._processes[key].state().exit if key in self._processes else "")
+            process_state = self._processes[key].state() if key in self._processes else None
+            if process_state is not None and process_state.is_ending:
+                self._ended(*key, process_state.exit)
         elif event.kind == "exited":
             self._fail(*key, FailureCause.EXITED, event.status)
 

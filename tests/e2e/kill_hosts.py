@@ -49,13 +49,16 @@ class Hosts:
 
     def last_words(self) -> str:
         """What each agent said last, and where its threads are, for a cell that failed; they end."""
-        states = {agent: Path(f"/proc/{agent.process.pid}/stat").read_text().split()[2] for _, agent in self._agents}
+        states: dict[AgentProcess, str] = {}
+        for _, agent in self._agents:
+            with suppress(OSError):
+                states[agent] = Path(f"/proc/{agent.process.pid}/stat").read_text().split()[2]
         for _, agent in self._agents:
             agent.process.send_signal(signal.SIGABRT)  # PYTHONFAULTHANDLER is set
             agent.process.send_signal(signal.SIGCONT)
             agent.process.wait()
         return "\n".join(
-            f"agent of node {node}, pid {agent.process.pid}, was {states[agent]}: {agent.stderr.strip()[-2000:]}"
+            f"agent of node {node}, pid {agent.process.pid}, was {states.get(agent, 'gone')}: {agent.stderr.strip()[-2000:]}"
             for node, agent in self._agents
         )
 

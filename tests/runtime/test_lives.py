@@ -118,3 +118,17 @@ def test_the_launcher_tells_of_an_end_before_the_exit() -> None:
     assert {(event.rank, event.incarnation) for event in events} == {(3, 7)}
     assert sorted(event.kind for event in events) == ["ending", "exited", "spawned"]
     assert next(event.status for event in events if event.kind == "exited") == "signal SIGKILL"
+
+
+def test_a_cell_is_not_given_away_while_its_process_lives() -> None:
+    lives = Lives()
+    cell, ended = lives.new_cell(), threading.Event()
+    pid, go = holder(lives, cell)
+    lives.watch(cell, ended.set)
+    assert cell not in [lives.new_cell() for _ in range(3)]
+    end_by_kill(pid, go)
+    assert ended.wait(WAIT_S)
+    os.waitpid(pid, 0)
+    os.close(go)
+    assert lives.new_cell() == cell
+    lives.close()

@@ -30,7 +30,7 @@ _PORTABLE = 0x01
 
 
 class MappedBackup:
-    """`backup`, and which of its layers this process's device can copy from. `load` is for one thread at a time."""
+    """`backup`, and which of its layers this process's device can copy from."""
 
     def __init__(self, backup: HostBackup, slot_bytes: int, device: torch.device) -> None:
         self.backup = backup

@@ -20,7 +20,7 @@ from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.models.experts import StepVoid
 from elastic_ep.models.gpu.arithmetic import use_device_kernels
 from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep, check_right
-from elastic_ep.models.gpu.graphs import SIZES, Marks, StepGraphs
+from elastic_ep.models.gpu.graphs import SIZES, Marks, StepGraphs, graph_size
 from elastic_ep.models.gpu.kv import DeviceKV, StepTables
 from elastic_ep.models.gpu.slots import DeviceSlots
 from elastic_ep.models.kernels import kernels
@@ -44,12 +44,14 @@ class DeviceEngine(ElasticEngine):
     Args:
         device: index of the GPU; ranks may share one.
         graph_tokens: graphs of steps of up to so many tokens are captured by `prepare`; larger ones when they are first needed.
+        max_sequences: of one step that is a graph.
         options: of `ElasticEngine`; fast_math leaves dense products and norms to the library.
     """
 
-    def __init__(self, *args: Any, device: int = 0, graph_tokens: int = 0, **options: Any) -> None:
+    def __init__(self, *args: Any, device: int = 0, graph_tokens: int = 0, max_sequences: int = 64, **options: Any) -> None:
         super().__init__(*args, **options)
         self.device = torch.device("cuda", device)
+        self._max_sequences = max_sequences
         self._graph_tokens = graph_tokens
         self._graphs: StepGraphs | None = None
         self._captured_state: DeviceStep | None = None
@@ -111,7 +113,7 @@ class DeviceEngine(ElasticEngine):
             state.enqueue.start()
         with torch.inference_mode():
             for size in SIZES:
-                if size <= self._graph_tokens and (size or state.enqueue is not None):
+                if size <= graph_size(self._graph_tokens) and (size or state.enqueue is not None):
                     self._step_graphs.captured(size, _kind_of(state.enqueue), state.enqueue is None)
 
     def run_step(
@@ -142,7 +144,7 @@ class DeviceEngine(ElasticEngine):
         """Logits float32 [sampled sequences, vocab], on the device. A graph is replayed if there is one so large, and no exchange inside it
         has to wait for an expert that is streamed."""
         enqueue = state.enqueue
-        size = StepGraphs.size_for(work, SIZES[-1] if enqueue is None else enqueue.capacity.max_tokens)
+        size = self._step_graphs.size_for(work, SIZES[-1] if enqueue is None else enqueue.capacity.max_tokens)
         is_one_graph = enqueue is not None and self.rank not in state.routing.streamed.values()
         if size is not None and (is_one_graph or (enqueue is None and size > 0)):
             self._captured_state = state
@@ -164,7 +166,7 @@ class DeviceEngine(ElasticEngine):
     def _step_graphs(self) -> StepGraphs:
         if self._graphs is None:
             width = min(self._device_kv.num_pages, -(-self.spec.max_positions // self._device_kv.page_tokens))
-            self._graphs = StepGraphs(self._device_kv, width, self.device, self._capture_forward)
+            self._graphs = StepGraphs(self._device_kv, width, self._max_sequences, self.device, self._capture_forward)
         return self._graphs
 
     def _capture_forward(self, tables: StepTables, marks: Marks, cut: Any) -> torch.Tensor:

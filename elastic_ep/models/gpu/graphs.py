@@ -21,8 +21,11 @@ from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep
 from elastic_ep.models.gpu.kv import DeviceKV, StepTables, packed_length, unpack
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-MOST_SAMPLED = 128
-"""sequences that get a token in one graph, at most"""
+
+
+def graph_size(num_tokens: int) -> int:
+    """Tokens of the smallest graph that holds so many; `num_tokens` if none does."""
+    return next((size for size in SIZES if size >= num_tokens), num_tokens)
 
 
 class Piece(NamedTuple):
@@ -105,12 +108,21 @@ class StepGraphs:
 
     Args:
         width: pages of the longest sequence.
+        max_sequences: of one step.
         forward: (tables, marks, cut) -> logits [most that are sampled, vocab] on the device. Runs during the capture only.
     """
 
-    def __init__(self, kv: DeviceKV, width: int, device: torch.device, forward: Callable[[StepTables, Marks, Any], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        kv: DeviceKV,
+        width: int,
+        max_sequences: int,
+        device: torch.device,
+        forward: Callable[[StepTables, Marks, Any], torch.Tensor],
+    ) -> None:
         self._kv = kv
         self._width = width
+        self._max_sequences = max_sequences
         self._device = device
         self._forward = forward
         self._graphs: dict[tuple[int, str], StepGraph] = {}
@@ -118,13 +130,10 @@ class StepGraphs:
         # torch hands out streams of one priority in turn: of another, it is shared with no thread that loads or sends experts
         self._stream: Any = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def size_for(work: Sequence[SequenceWork], most: int) -> int | None:
+    def size_for(self, work: Sequence[SequenceWork], most: int) -> int | None:
         """The graph for this work; None if there is none so large, or it would have more than `most` tokens."""
-        if sum(item.sample is not None for item in work) > MOST_SAMPLED:
-            return None
-        num_tokens = sum(len(item.tokens) for item in work)
-        return next((size for size in SIZES if num_tokens <= size <= most), None)
+        size = graph_size(sum(len(item.tokens) for item in work))
+        return size if size <= min(SIZES[-1], most) and len(work) <= self._max_sequences else None
 
     def prepare(self, work: Sequence[SequenceWork], size: int, kind: str, is_cut: bool) -> StepGraph:
         """The graph of this size with the step's tables on their way into it. Graphs of another `kind` are others; `is_cut`: in pieces."""
@@ -151,11 +160,19 @@ class StepGraphs:
         return packed
 
     def _length(self, size: int) -> int:
-        return packed_length(size, size, self._width) + size + min(size, MOST_SAMPLED)
+        return self._tables_length(size) + size + min(size, self._max_sequences)
+
+    def _tables_length(self, size: int) -> int:
+        return packed_length(size, self._rows(size), self._width)
+
+    def _rows(self, size: int) -> int:
+        """Of pages: each sequence's, and the scratch page of the tokens of nobody."""
+        return min(size, self._max_sequences) + 1
 
     def _unpack(self, packed: Any, size: int) -> tuple[StepTables, Marks]:
-        begin = packed_length(size, size, self._width)
-        return unpack(packed[:begin], size, size, self._width), Marks(packed[begin : begin + size], packed[begin + size :])
+        begin = self._tables_length(size)
+        tables = unpack(packed[:begin], size, self._rows(size), self._width)
+        return tables, Marks(packed[begin : begin + size], packed[begin + size :])
 
     def _capture(self, size: int, is_cut: bool) -> StepGraph:
         packed = torch.zeros(self._length(size), dtype=torch.int64, device=self._device)

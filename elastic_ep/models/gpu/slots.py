@@ -191,6 +191,7 @@ class DeviceSlots:
         return None
 
     def close(self) -> None:
+        self.backup = None
         self.checkpoint.close()
 
     # ---- inside

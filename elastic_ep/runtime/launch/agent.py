@@ -278,10 +278,14 @@ class Agent:
     def _on_end(self, event: ProcessEvent) -> None:
         """It is ending, or has exited: whichever is known first is told."""
         key = (event.rank, event.incarnation)
-        if event.kind == "ending" and (process := self._processes.get(key)) is not None:
-            event = replace(event, kind="exited", status=process.state().exit)
-        elif key not in self._processes:
+        process = self._processes.get(key)
+        if process is None:
             return
+        if event.kind == "ending":
+            state = process.state()
+            if not (state.is_ending and state.exit):
+                return  # reaped already: the launcher's word, which says how it ended, is on its way
+            event = replace(event, kind="exited", status=state.exit)
         self._faults.reach("agent_exited")
         self._forget(key)
         self._report(event)

@@ -35,20 +35,20 @@ class Lives:
         self.fd = fd
         self._memory = mmap.mmap(fd, _CELL_BYTES * _NUM_CELLS)
         self._begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._next = 0
+        self._taken: set[int] = set()
 
     def new_cell(self) -> int:
-        """One that no process holds, unless it outlived thousands."""
-        cell = self._next
-        self._next = (cell + 1) % _NUM_CELLS
+        """One that no process holds. It is taken until `watch` has told of its end."""
+        cell = next(cell for cell in range(_NUM_CELLS) if cell not in self._taken)
+        self._taken.add(cell)
         return cell
 
     def _address(self, cell: int) -> ctypes.c_void_p:
         return ctypes.c_void_p(self._begin + cell * _CELL_BYTES)
 
     def hold(self, cell: int) -> None:
-        """The calling thread, which must be the one that lives as long as its process, holds the cell from here on. Where the C library
-        has no such locks nothing happens, and `watch` never calls."""
+        """The calling thread, which must be the one that lives as long as its process, holds the cell from here on. Where the system has
+        no such locks nothing happens, and `watch` never calls."""
         kind = ctypes.create_string_buffer(_CELL_BYTES)
         _libc.pthread_mutexattr_init(kind)
         _libc.pthread_mutexattr_setpshared(kind, _PROCESS_SHARED)
@@ -62,6 +62,7 @@ class Lives:
     def _wait(self, cell: int, on_end: Callable[[], None]) -> None:
         held = _libc.pthread_mutex_lock(self._address(cell))
         _libc.pthread_mutex_unlock(self._address(cell))
+        self._taken.discard(cell)
         if held == errno.EOWNERDEAD:
             on_end()
 

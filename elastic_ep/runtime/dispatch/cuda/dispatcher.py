@@ -79,7 +79,7 @@ class CudaDispatcher:
         capacity: the largest batch; alike on all ranks.
         device: the GPU; several ranks may share one.
         cache: folder for the compiled kernels; None: `.cache/elastic-ep` in the home folder.
-        split: run the parts of a direction as kernels of their own, of which one block waits; None: if ranks share the GPU. Large batches
+        split: run the parts of a direction as kernels of their own, of which one block waits; None: once ranks share the GPU. Large batches
             always run so.
         shares: whether ranks are taken to share the GPU before the first `connect` tells.
     """
@@ -206,7 +206,7 @@ class CudaDispatcher:
         self._memory.base.copy_(torch.from_numpy(base))
         self._memory.active.copy_(torch.from_numpy(active))
         if self._forced_split is None:
-            self._split = self._peers.ranks_on_this_gpu > 1
+            self._split = self._split or self._peers.ranks_on_this_gpu > 1  # and stays so: graphs were captured for it
         self._reset()
 
     def _reset(self) -> None:
