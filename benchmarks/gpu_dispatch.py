@@ -1,14 +1,15 @@
-"""Dispatch + combine of the cuda backend, 4 ranks on one GPU, beside the floor of bytes over the bandwidth measured in the same run.
+"""Dispatch + combine of the cuda backend, beside the floor of bytes over the bandwidth measured in the same run.
 
 A step is 16 MoE layers captured in one CUDA graph per rank, so nothing of the host is in it; a layer before it brings the ranks level.
 Time is a step's, by events, over 16: the slowest rank's median. Experts do not run: their outputs lie ready. The floor counts what must
 cross the GPU's memory on any path: a rank's tokens read and its sums written once, each received row written once, each expert output
-read once.
+read once. Between GPUs it counts what a rank must read from its peers, over the bandwidth of a copy from one GPU to another, where that
+takes longer.
 
-Ranks are placed three ways: `mps`, processes that run at the same time through NVIDIA's multi-process service (started and ended here,
-if the machine has it), also with two ranks; `streams`, all ranks in one process; `slices`, processes as the driver shares a GPU by
-default, one after the other. Beside it runs torch's own gather and weighted sum over the same rows in one process, which exchanges
-nothing.
+Ranks are placed four ways: `gpus`, each on a GPU of its own, where there are several. The others share one: `mps`, processes that run at
+the same time through NVIDIA's multi-process service (started and ended here, if the machine has it), also with two ranks; `streams`, all
+ranks in one process; `slices`, processes as the driver shares a GPU by default, one after the other. Beside it runs torch's own gather and
+weighted sum over the same rows in one process, which exchanges nothing.
 
     python benchmarks/gpu.py
 """
@@ -42,6 +43,7 @@ from elastic_ep.runtime.dispatch.cuda.region import Capacity
 
 RANKS, HIDDEN, TOP_K, EXPERTS, LAYERS = 4, 7168, 8, 256, 16
 TOKENS = (8, 128, 512)
+SPARE = 8
 DTYPE = torch.bfloat16
 WAIT_S = 120.0
 
@@ -56,18 +58,31 @@ class Batch(NamedTuple):
 
 def make_routing(num_ranks: int, num_seats: int) -> RoutingTable:
     """64 experts and 8 replicas of the neighbour's per rank, quotas even; seats beyond `num_ranks` hold nothing."""
-    home, spare = EXPERTS // num_ranks, 8
-    slots = np.full((num_seats, home + spare), -1, dtype=np.int64)
+    home = EXPERTS // num_ranks
+    slots = np.full((num_seats, home + SPARE), -1, dtype=np.int64)
     for rank in range(num_ranks):
         slots[rank, :home] = np.arange(rank * home, (rank + 1) * home)
-        slots[rank, home:] = np.arange(spare) + (rank + 1) % num_ranks * home if num_ranks > 1 else -1
+        slots[rank, home:] = np.arange(SPARE) + (rank + 1) % num_ranks * home if num_ranks > 1 else -1
     p2l = np.tile(slots.reshape(-1), (LAYERS + 1, 1))
     return RoutingTable.build(1, ExpertPlacement(p2l, EXPERTS), Topology.uniform(num_seats, slots.size))
 
 
-def make_batch(rank: int, tokens: int) -> Batch:
+def link_bytes(rank: int, num_ranks: int, tokens: int) -> int:
+    """Bytes that a rank must read from the others in one layer: rows wanted here, once each, and outputs of its own pairs computed there.
+    Of experts that have two replicas none is counted."""
+    home = EXPERTS // num_ranks
+    ids = {r: np.where(batch_ids(r, tokens) % home < SPARE, -1, batch_ids(r, tokens) // home) for r in range(num_ranks)}
+    rows = sum(int((ids[peer] == rank).any(1).sum()) for peer in ids if peer != rank)
+    return (rows + int(((ids[rank] >= 0) & (ids[rank] != rank)).sum())) * HIDDEN * DTYPE.itemsize
+
+
+def batch_ids(rank: int, tokens: int) -> np.ndarray:
     rng = np.random.default_rng((rank, tokens))
-    ids = torch.from_numpy(np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :TOP_K].copy()).cuda()
+    return np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :TOP_K].copy()
+
+
+def make_batch(rank: int, tokens: int) -> Batch:
+    ids = torch.from_numpy(batch_ids(rank, tokens)).cuda()
     x = torch.randn(tokens, HIDDEN, device="cuda", generator=torch.Generator("cuda").manual_seed(rank)).to(DTYPE)
     return Batch(x, ids, torch.rand(tokens, TOP_K, device="cuda"))
 
@@ -84,6 +99,7 @@ class Side:
         capacity = Capacity(num_seats, EXPERTS, LAYERS + 1, max_tokens=max(TOKENS), top_k=TOP_K, hidden=HIDDEN)
         address = f"unix:{folder}/{num_seats}-{num_ranks}-{rank}"
         options: dict[str, Any] = {"token": "benchmark", "deadline_s": 20.0, "cache": Path(folder), "split": split}
+        options["device"] = torch.cuda.current_device()
         self.dispatcher = CudaDispatcher(rank, address, capacity, **options)
         self.peers = {r: f"unix:{folder}/{num_seats}-{num_ranks}-{r}" for r in range(num_ranks)}
         self.routing = make_routing(num_ranks, num_seats)
@@ -155,8 +171,11 @@ def fill(sides: list[Side]) -> None:
 # ---- ranks as processes
 
 
-def rank_main(rank: int, num_ranks: int, folder: str, repeats: int, sizes: tuple[int, ...], level: Any, results: Any) -> None:
+def rank_main(
+    rank: int, num_ranks: int, folder: str, repeats: int, sizes: tuple[int, ...], num_gpus: int, level: Any, results: Any
+) -> None:
     """Plain and with a masked seat, in turns; (name, tokens, rank, us per layer of each repetition) to `results`."""
+    torch.cuda.set_device(rank % num_gpus)
     torch.zeros(1, device="cuda")
     results.put(rank)
     sides = {"plain": Side(rank, num_ranks, num_ranks, folder), "masked": Side(rank, num_ranks, num_ranks + 1, folder)}
@@ -184,11 +203,13 @@ def rank_main(rank: int, num_ranks: int, folder: str, repeats: int, sizes: tuple
         side.dispatcher.close()
 
 
-def run_processes(num_ranks: int, folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS) -> dict[tuple[str, int], float]:
+def run_processes(
+    num_ranks: int, folder: str, repeats: int, sizes: tuple[int, ...] = TOKENS, num_gpus: int = 1
+) -> dict[tuple[str, int], float]:
     """(name, tokens) -> us per layer, the slowest rank's median."""
     context = multiprocessing.get_context("spawn")
     results, level = context.Queue(), context.Barrier(num_ranks)
-    shared = (num_ranks, folder, repeats, sizes, level, results)
+    shared = (num_ranks, folder, repeats, sizes, num_gpus, level, results)
     ranks = [context.Process(target=rank_main, args=(r, *shared), daemon=True) for r in range(num_ranks)]
     try:
         for process in ranks:
@@ -320,7 +341,11 @@ def run_ceiling() -> dict[str, Any]:
             return x[token], torch.bmm(scale, y[back].view(len(x), TOP_K, HIDDEN))
 
         torch_us[tokens] = median_ms(both) * 1e3
-    return {"gpu": torch.cuda.get_device_name(), "bytes_per_s": 2 * len(source) / ms * 1e3, "torch_us": torch_us}
+    report = {"gpu": torch.cuda.get_device_name(), "bytes_per_s": 2 * len(source) / ms * 1e3, "torch_us": torch_us}
+    if torch.cuda.device_count() > 1:
+        elsewhere = torch.empty_like(source, device="cuda:1")
+        report["link_bytes_per_s"] = len(source) / median_ms(lambda: target.copy_(elsewhere)) * 1e3
+    return report
 
 
 def run(repeats: int = 40) -> dict[str, Any]:
@@ -330,7 +355,7 @@ def run(repeats: int = 40) -> dict[str, Any]:
     try:
         report |= in_own_process(run_ceiling)
         in_own_process(build, folder)
-        for (mode, num_ranks), measure in MODES.items():
+        for (mode, num_ranks), measure in modes().items():
             try:
                 report["modes"].append({"mode": mode, "ranks": num_ranks, "us": measure(num_ranks, folder, repeats)})
             except Exception as error:
@@ -357,12 +382,27 @@ def run_sliced(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int
     return run_processes(num_ranks, folder, 3, (8, 512))
 
 
-MODES = {
-    ("mps", RANKS): run_with_service,
-    ("mps", 2): run_with_service,
-    ("streams", RANKS): run_in_one_process,
-    ("slices", RANKS): run_sliced,
-}
+def run_on_gpus(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int], float]:
+    return run_processes(num_ranks, folder, repeats, num_gpus=num_ranks)
+
+
+def modes() -> dict[tuple[str, int], Callable[[int, str, int], dict[tuple[str, int], float]]]:
+    apart = {("gpus", n): run_on_gpus for n in (2, 4, 8) if n <= torch.cuda.device_count()}
+    return {
+        **apart,
+        ("mps", RANKS): run_with_service,
+        ("mps", 2): run_with_service,
+        ("streams", RANKS): run_in_one_process,
+        ("slices", RANKS): run_sliced,
+    }
+
+
+def floor_us(report: dict[str, Any], mode: str, num_ranks: int, tokens: int) -> float:
+    """Microseconds that the bytes of one layer take at least, in that placement."""
+    if mode != "gpus":
+        return floor_bytes(num_ranks, tokens) / report["bytes_per_s"] * 1e6
+    links = max(link_bytes(r, num_ranks, tokens) for r in range(num_ranks)) / report["link_bytes_per_s"]
+    return max(links, floor_bytes(1, tokens) / report["bytes_per_s"]) * 1e6
 
 
 def build(folder: str) -> None:
@@ -371,8 +411,9 @@ def build(folder: str) -> None:
 
 def print_report(report: dict[str, Any]) -> None:
     print(
-        f"dispatch + combine, ranks on one {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16\n"
-        f"copy bandwidth {report['bytes_per_s'] / 1e12:.2f} TB/s read + written; host synchronisations per step: 0 (one graph per step)"
+        f"dispatch + combine, {report['gpu']}, hidden {HIDDEN}, top-{TOP_K} of {EXPERTS} experts, bfloat16\n"
+        f"copy bandwidth {report['bytes_per_s'] / 1e12:.2f} TB/s read + written, from GPU to GPU "
+        f"{report.get('link_bytes_per_s', 0) / 1e12:.2f} TB/s; host synchronisations per step: 0 (one graph per step)"
     )
     print(f"{'ranks':>5} {'as':>8} {'tokens':>7} {'us':>9} {'floor us':>9} {'x floor':>9} {'masked us':>10} {'mask costs':>11}")
     for row in report["modes"]:
@@ -381,7 +422,7 @@ def print_report(report: dict[str, Any]) -> None:
         for (name, tokens), us in row["us"].items():
             if name != "plain":
                 continue
-            floor = floor_bytes(row["ranks"], tokens) / report["bytes_per_s"] * 1e6
+            floor = floor_us(report, row["mode"], row["ranks"], tokens)
             masked = row["us"]["masked", tokens]
             print(
                 f"{row['ranks']:>5} {row['mode']:>8} {tokens:>7} {us:>9.1f} {floor:>9.1f} {us / floor:>8.2f}x "

@@ -1,9 +1,9 @@
-"""Ranks on one GPU: throughput beside transformers, what a death costs with and without replicas, what a rejoin costs.
+"""Ranks on GPUs: throughput beside transformers, what a death costs with and without replicas, what a rejoin costs.
 
-python benchmarks/gpu_serving.py [--shape qwen3-30b-a3b] [--layers N] [--parts one-graphs,transformers,replicas,lost,random] [--json]
+python benchmarks/gpu_serving.py [--shape qwen3-30b-a3b] [--layers N] [--ranks N] [--parts one-graphs,transformers,replicas,lost] [--json]
 
-Ranks that share the GPU do so through NVIDIA's multi-process service, which is started here if the machine has it (`--share slices`: as the
-driver shares a GPU by default, one process after the other).
+Ranks take the GPUs that there are by turns. Those that share one do so through NVIDIA's multi-process service, which is started here if the
+machine has it (`--share slices`: as the driver shares a GPU by default, one process after the other; also where each has its own).
 
 The checkpoint is random and written to `folder` first: 1.3 GB for each layer of qwen3-30b-a3b, as many as two copies of the experts leave
 room for on the GPU. Streams are greedy; what every client got is compared with an undisturbed run.
@@ -36,7 +36,7 @@ from elastic_ep.testing.server import ServerProcess
 
 ALONE = ("one", "one-graphs", "one-fast", "transformers")
 """parts with one process on the GPU"""
-EP_SIZE, NUM_STREAMS, PROMPT_TOKENS = 4, 32, 64
+NUM_STREAMS, PROMPT_TOKENS = 32, 64
 RANKS_TO_KILL = 8
 """in the part `random`: some live while others are replaced"""
 PCIE_BYTES_PER_S = 55e9
@@ -49,10 +49,9 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 def arguments(redundant: int, *more: str) -> list[str]:
-    ranks = [] if "--ep-size" in more else ["--ep-size", str(EP_SIZE)]
     quiet = ["--rebalance-interval", "0", "--scrub-bytes-per-second", "0"]
     sizes = ["--num-redundant-experts", str(redundant), "--kv-tokens", "8192", "--max-num-batched-tokens", "512"]
-    return ["--device", "cuda", *ranks, *sizes, *quiet, *more]
+    return ["--device", "cuda", *sizes, *quiet, *more]
 
 
 def run(server: ServerProcess, spec: ModelSpec, tokens: int) -> tuple[list[StreamRecord], float]:
@@ -107,12 +106,15 @@ def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[s
     return {"first": min(stalls), "median": float(np.median(stalls)), "last": max(stalls)}
 
 
-def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket") -> dict[str, Any]:
-    """With a replica of every expert, or with just enough slots for three ranks to hold all (then lost ones come from the host)."""
-    redundant = spec.num_experts if replicas else -(-spec.num_experts // (EP_SIZE - 1)) * EP_SIZE - spec.num_experts
+def deaths(
+    folder: Path, spec: ModelSpec, ranks: int, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket"
+) -> dict[str, Any]:
+    """With a replica of every expert, or with just enough slots for all ranks but one to hold all (then lost ones come from the host)."""
+    redundant = spec.num_experts if replicas else -(-spec.num_experts // (ranks - 1)) * ranks - spec.num_experts
     more = [] if replicas else ["--host-backup", "experts"]
     began = time.monotonic()
-    with ServerProcess(folder, *arguments(redundant, "--dispatch", dispatch, *more), start_timeout_s=500) as server:
+    more = ["--ep-size", str(ranks), "--dispatch", dispatch, *more]
+    with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
         started = time.monotonic() - began
         run(server, spec, tokens)
         expected, seconds = run(server, spec, tokens)
@@ -121,8 +123,8 @@ def deaths(folder: Path, spec: ModelSpec, tokens: int, kills: int, *, replicas: 
             time.sleep(12.0)  # pages are registered with the driver after that
         survives, found = server.status()["survives"], []
         for number in range(kills):
-            found.append(kill(server, spec, tokens, expected, (1 + number) % EP_SIZE))
-            server.wait_status(lambda s: sum(s["active_ranks"]) == EP_SIZE and s["phase"] == "serving", 120)
+            found.append(kill(server, spec, tokens, expected, (1 + number) % ranks))
+            server.wait_status(lambda s: sum(s["active_ranks"]) == ranks and s["phase"] == "serving", 120)
             server.wait_status(lambda s: not replicas or s["survives"] == survives, 120)
             time.sleep(1.0)
         rejoins = [r for r in server.status()["recoveries"] if r["kind"] == "rejoin"]
@@ -224,6 +226,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of the model; by default as many as fit")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/elastic-ep"), help="where the checkpoint goes; memory, best")
     parser.add_argument("--checkpoint", type=Path, help="use this one, whatever its shape")
+    parser.add_argument("--ranks", type=int, default=4, help="of the parts that have several")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--runs", type=int, default=200, help="of the part `random`")
@@ -247,21 +250,21 @@ def main() -> None:
         "experts": spec.num_experts,
         "slot_bytes": spec.slot_bytes(None),
     }
+    ranks = ("--ep-size", str(args.ranks))
+    kills: tuple[Any, ...] = (folder, spec, args.ranks, args.tokens, args.kills)
     parts: dict[str, Any] = {
-        "throughput": lambda: throughput(folder, spec, args.tokens),
-        "fast": lambda: throughput(folder, spec, args.tokens, "--fast-math"),
+        "throughput": lambda: throughput(folder, spec, args.tokens, *ranks),
+        "fast": lambda: throughput(folder, spec, args.tokens, *ranks, "--fast-math"),
         "one": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1"),
         "one-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda"),
         "one-fast": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda", "--fast-math"),
-        "graphs": lambda: throughput(folder, spec, args.tokens, "--dispatch", "cuda"),
-        "replicas-graphs": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=True, dispatch="cuda"),
-        "lost-graphs": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=False, dispatch="cuda"),
-        "two": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2"),
-        "two-graphs": lambda: throughput(folder, spec, args.tokens, "--ep-size", "2", "--dispatch", "cuda"),
+        "graphs": lambda: throughput(folder, spec, args.tokens, *ranks, "--dispatch", "cuda"),
+        "replicas-graphs": lambda: deaths(*kills, replicas=True, dispatch="cuda"),
+        "lost-graphs": lambda: deaths(*kills, replicas=False, dispatch="cuda"),
         "random": lambda: random_kills(folder, spec, args.runs, args.seconds),
         "transformers": lambda: peer(folder, args.tokens),
-        "replicas": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=True),
-        "lost": lambda: deaths(folder, spec, args.tokens, args.kills, replicas=False),
+        "replicas": lambda: deaths(*kills, replicas=True),
+        "lost": lambda: deaths(*kills, replicas=False),
     }
     for part in args.parts.split(","):
         began = time.monotonic()

@@ -195,7 +195,8 @@ def run_step(dispatcher: Any, rank: int, step: Step, fault: Fault | None) -> Rep
 def _dispatcher(backend: str, rank: int, address: str, options: dict[str, Any]) -> Any:
     if backend != "cuda":
         return SocketDispatcher(rank, address, token=TOKEN, **options)
-    options = {"num_seats": 4, **options}
+    options = {"num_seats": 4, "device": rank % torch.cuda.device_count(), **options}
+    torch.cuda.set_device(options["device"])
     capacity = Capacity(options.pop("num_seats"), EXPERTS, 6, max_tokens=64, top_k=TOP_K, hidden=4096, itemsize=4, max_replicas=32)
     return CpuFront(rank, address, capacity, token=TOKEN, **options)
 

@@ -1,4 +1,4 @@
-"""The cuda backend with real processes on one GPU: killed, stopped, masked and new ranks; and the hot path that never waits."""
+"""The cuda backend with real processes, on all GPUs there are: killed, stopped, masked and new ranks; and the hot path that never waits."""
 
 from __future__ import annotations
 

@@ -54,3 +54,19 @@ def test_a_gpu_rank_is_replaced_from_the_host_backup(checkpoint):
     assert disturbed == undisturbed == again
     assert status["requests"]["failed"] == 0
     assert any(recovery["experts_lost"] and recovery["bytes_moved"]["host"] for recovery in status["recoveries"])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
+@pytest.mark.parametrize("dispatch", ["socket", "cuda"])
+def test_ranks_with_a_gpu_each_die_and_come_back_and_no_token_changes(checkpoint, dispatch):
+    asked = prompts(16)
+    arguments = ("--ep-size", "2", "--num-redundant-experts", "8", "--device", "cuda", "--dispatch", dispatch, "--restart-backoff", "0.05")
+    with ServerProcess(checkpoint("qwen3_moe"), *arguments) as server:
+        undisturbed = asyncio.run(run_streams(server, asked))
+        for victim in (1, 0):
+            kill = kill_at_random(server, [victim], random.Random(victim), len(asked) * COUNT)
+            assert asyncio.run(run_streams(server, asked, kill)) == undisturbed
+            status = server.wait_status(lambda s: s["active_ranks"] == [1, 1], 60.0)
+        again = asyncio.run(run_streams(server, asked))
+    assert again == undisturbed
+    assert status["requests"]["failed"] == 0
