@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import json
 import multiprocessing
 import signal
@@ -33,8 +34,6 @@ from elastic_ep.testing.server import ServerProcess
 EP_SIZE, NUM_STREAMS = 4, 4
 ALLOWANCE_MS, FACTOR = 50.0, 1.5
 SURVIVORS = EP_SIZE - 1
-_PEER_EXPERTS = 16
-"""in the memory of the peer that is read from alone: more than a cache holds"""
 
 
 def large_checkpoint(folder: Path) -> Path:
@@ -80,14 +79,15 @@ def _reader(kind: str, slots: Any, address: str, places: list[tuple[int, int]], 
         for (layer, expert), memory in zip(places, memories, strict=True):
             backup.write(layer, expert, memory, 0)
         return lambda layer, expert, memory: np.copyto(memory.numpy(), backup.view(layer, expert))
-    sock = peer.Peers(1, "unix:/none", "token").source(0, {0: address})._connected()  # type: ignore[union-attr]
+    pid, raw = peer.PeerSource(1, "unix:/none", 0, address, "token").addresses()
+    lies_at = np.frombuffer(raw, np.uint64).reshape(slots.shape[:2])
+    system = ctypes.CDLL(None, use_errno=True)
 
-    def receive(layer: int, expert: int, memory: Any) -> None:
-        sock.sendall(peer._REQUEST.pack(layer, expert))
-        peer._receive(sock, bytearray(peer._LENGTH.size))
-        peer._receive(sock, memory.numpy().data)
+    def copy(layer: int, expert: int, memory: Any) -> None:
+        here, there = _Stretch(memory.data_ptr(), len(memory)), _Stretch(int(lies_at[layer, expert]), len(memory))
+        assert system.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0) == len(memory), ctypes.get_errno()
 
-    return receive
+    return copy
 
 
 def _read_share(kind: str, checkpoint: str, share: int, count: int, address: str, barrier: Any, seconds: Any) -> None:
@@ -112,13 +112,22 @@ def _read_share(kind: str, checkpoint: str, share: int, count: int, address: str
     barrier.wait()
 
 
-def _peer(address: str, slot_bytes: int) -> None:
+class _Stretch(ctypes.Structure):
+    """The system's `struct iovec`."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("num_bytes", ctypes.c_size_t))
+
+
+def _peer(address: str, count: int, slot_bytes: int, layers: int, experts: int) -> None:
+    """A peer that holds what a rank holds: the first `count` experts."""
     from elastic_ep.runtime.weights.base import zeroed
     from elastic_ep.runtime.weights.peer import PeerServer
 
     server = PeerServer(0, address, "token")
-    memories = zeroed(_PEER_EXPERTS * slot_bytes).view(_PEER_EXPERTS, slot_bytes).fill_(1)
-    server.find = lambda layer, expert: memories[expert % _PEER_EXPERTS]
+    memories = zeroed(count * slot_bytes).view(count, slot_bytes).fill_(1)
+    lie_at = np.zeros(layers * experts, np.uint64)
+    lie_at[:count] = [memory.data_ptr() for memory in memories]
+    server.addresses = lambda: lie_at.reshape(layers, experts)
     server.start()
     signal.pause()
 
@@ -130,7 +139,8 @@ def bandwidth(kind: str, checkpoint: Path, spec: ModelSpec, count: int) -> float
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         address = f"unix:{folder}/peer"
         if kind == "peer":
-            peer = spawn.Process(target=_peer, args=(address, spec.slot_bytes(None)), daemon=True)
+            shape = (count, spec.slot_bytes(None), spec.num_layers, spec.num_experts)
+            peer = spawn.Process(target=_peer, args=(address, *shape), daemon=True)
             peer.start()
             stack.callback(peer.join)
             stack.callback(peer.kill)

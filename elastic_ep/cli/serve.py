@@ -64,6 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--staging-bytes", type=int, default=1 << 30, metavar="BYTES", help=staging_help)
     scrub_help = "how fast a rank looks whether its slots still hold what was verified; 0: never"
     parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)
+    reads_help = (
+        "experts of other ranks of this host: copied out of their memory (process_vm_readv) where the system permits, or sent over a socket"
+    )
+    parser.add_argument("--peer-reads", choices=["memory", "socket"], default="memory", help=reads_help)
     interval_help = "how often to look whether another placement would serve the recorded expert loads better; 0: never"
     parser.add_argument("--rebalance-interval", type=float, default=60.0, metavar="SECONDS", help=interval_help)
     gain_help = "by what share the busiest ranks must get faster for experts to be moved"
@@ -151,6 +155,7 @@ def make_config(args: argparse.Namespace) -> ServeConfig:
         load_trace=args.load_trace,
         drain=args.drain,
         scrub_bytes_per_s=args.scrub_bytes_per_second,
+        peer_reads=args.peer_reads,
         step_timeout_s=args.step_timeout,
         heartbeat_timeout_s=args.heartbeat_timeout,
         log_level=args.log_level,

@@ -97,7 +97,8 @@ class ElasticEngine:
         self._check_arithmetic()
 
     def prepare(self, dispatcher: Dispatcher) -> None:
-        """See `Engine`. Nothing on a processor."""
+        """See `Engine`. On a processor that is the memory of the slots."""
+        self.slots.touch()
 
     def _place(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Attention:
         """Make slots and KV, and have the model's modules compute row by row. Returns the attention."""

@@ -8,7 +8,9 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from elastic_ep.models.linear import Weight
 from elastic_ep.runtime.engine import SlotLoad
@@ -16,6 +18,7 @@ from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, re
 
 _ARENA_BYTES, _ARENA_BUFFERS = 16 << 20, 64
 _MOST_READERS = 4
+_PAGE_BYTES = 4096
 
 
 class ExpertWeights(NamedTuple):
@@ -41,8 +44,8 @@ class _Staged(NamedTuple):
 class ExpertSlots:
     """`num_layers` x `num_slots` slots of one layout, and as many buffers beside them as were ever staged at a time, in whole arenas.
 
-    A slot that adopts what was staged gives its own buffer to the next staging, so that memory neither grows nor has to be asked for
-    again.
+    What is staged for a slot that holds nothing is read into the slot's own buffer. For another it is read beside it, and the slot that
+    adopts it gives its own buffer to the next staging. So memory neither grows nor has to be asked for again.
 
     Args:
         is_transposed: the layout stores [in, out] matrices (GPT-OSS) instead of [out, in].
@@ -74,6 +77,8 @@ class ExpertSlots:
         self._digests: dict[tuple[int, int], int] = {}
         self._staged: dict[tuple[int, int], _Staged] = {}
         self._free: deque[Buffer] = deque()
+        self._lent: set[tuple[int, int]] = set()
+        """slots that hold nothing and whose buffer somebody fills, or has filled for `adopt`"""
         self._spare: OrderedDict[tuple[int, int], Buffer] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -86,18 +91,22 @@ class ExpertSlots:
         load.check(len(self._slots), self.num_slots, self.num_experts)
         layer, slot, expert = load
         self._hold(layer, slot, None)
-        loaded = self._read(layer, expert, self._slots[layer][slot].memory, sources, digest)
-        self._hold(layer, slot, expert)
+        buffer = self._own_buffer(layer, slot)
+        try:
+            loaded = self._read(layer, expert, buffer.memory, sources, digest)
+            self._hold(layer, slot, expert)
+        finally:
+            self._lent.discard((layer, slot))
         return loaded
 
     def stage(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
-        """Read and verify one expert beside the live slots, for `adopt`. Raises CheckpointError."""
+        """Read and verify one expert beside what the slots hold, for `adopt`. Raises CheckpointError."""
         load.check(len(self._slots), self.num_slots, self.num_experts)
-        buffer = self._take()
+        buffer = self._borrow(load.layer, load.local_slot)
         try:
             loaded = self._read(load.layer, load.expert, buffer.memory, sources, digest)
         except BaseException:
-            self._free.append(buffer)
+            self._give_back((load.layer, load.local_slot), buffer)
             raise
         self._unstage((load.layer, load.local_slot))
         self._staged[load.layer, load.local_slot] = _Staged(load.expert, buffer, loaded.digest)
@@ -110,12 +119,15 @@ class ExpertSlots:
         if staged is None:
             return None
         if staged.expert != expert:
-            self._free.append(staged.buffer)
+            self._give_back((layer, slot), staged.buffer)
             return None
         self._hold(layer, slot, None)  # so that no peer is sent the new bytes as the old expert's
-        before, self._slots[layer][slot] = self._slots[layer][slot], staged.buffer
+        with self._lock:
+            before, self._slots[layer][slot] = self._slots[layer][slot], staged.buffer
+            if before is not staged.buffer and (layer, slot) not in self._lent:
+                self._free.append(before)
+            self._lent.discard((layer, slot))
         self._hold(layer, slot, expert)
-        self._free.append(before)
         return staged.digest
 
     def drop_staged(self) -> None:
@@ -152,6 +164,20 @@ class ExpertSlots:
                 return self._slots[layer][slot].memory
         return None
 
+    def addresses(self) -> NDArray[np.uint64]:
+        """uint64 [L, E]: see `Slots.addresses`."""
+        found = np.zeros(self.shape[:2], np.uint64)
+        for layer, held in enumerate(self._held):
+            for slot, expert in list(held.items()):
+                found[layer, expert] = self._slots[layer][slot].memory.data_ptr()
+        return found
+
+    def touch(self) -> None:
+        """Have the system give the memory of all slots now: later it would do so page by page, while somebody waits for an expert."""
+        for layer in self._slots:
+            for buffer in layer:
+                buffer.memory[::_PAGE_BYTES].zero_()
+
     def close(self) -> None:
         self.checkpoint.close()
 
@@ -177,6 +203,29 @@ class ExpertSlots:
                 else:
                     resident[changed] = self._slots[layer][lowest].weights
 
+    def _own_buffer(self, layer: int, slot: int) -> Buffer:
+        """The slot's buffer to fill, another one if somebody still fills that for `adopt`."""
+        with self._lock:
+            if (layer, slot) in self._lent:
+                self._slots[layer][slot] = self._take()  # who has the other gives it to the next staging
+            self._lent.add((layer, slot))
+            return self._slots[layer][slot]
+
+    def _borrow(self, layer: int, slot: int) -> Buffer:
+        """Memory to stage in: the slot's own, if nobody needs what is there."""
+        with self._lock:
+            if slot not in self._held[layer] and (layer, slot) not in self._lent:
+                self._lent.add((layer, slot))
+                return self._slots[layer][slot]
+            return self._take()
+
+    def _give_back(self, key: tuple[int, int], buffer: Buffer) -> None:
+        with self._lock:
+            if buffer is self._slots[key[0]][key[1]]:
+                self._lent.discard(key)
+            else:
+                self._free.append(buffer)
+
     def _take(self) -> Buffer:
         """Memory to stage in. In whole arenas: the system gives small pieces of memory slowly."""
         try:
@@ -189,7 +238,7 @@ class ExpertSlots:
     def _unstage(self, key: tuple[int, int]) -> None:
         staged = self._staged.pop(key, None)
         if staged is not None:
-            self._free.append(staged.buffer)
+            self._give_back(key, staged.buffer)
 
     def _buffers(self, count: int) -> list[Buffer]:
         memories = zeroed(count * self._layout.num_bytes).view(count, self._layout.num_bytes)

@@ -44,8 +44,8 @@ class StepOutput:
 
 
 class Slots(Protocol):
-    """The expert slots of one rank. `load`, `stage`, `slot_bytes` and `bytes_of` may run in other threads than everything else. Up to
-    `readers` calls of each, for different slots, may run at a time.
+    """The expert slots of one rank. `load`, `stage`, `slot_bytes`, `bytes_of` and `addresses` may run in other threads than everything
+    else. Up to `readers` calls of each, for different slots, may run at a time.
 
     Attributes:
         shape: (L, E, bytes of a slot).
@@ -85,6 +85,10 @@ class Slots(Protocol):
 
     def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
         """uint8 [n]: a slot's bytes, whatever they are."""
+        ...
+
+    def addresses(self) -> NDArray[np.uint64] | None:
+        """uint64 [L, E]: where in this process' memory an expert's bytes lie, 0 for one that no slot holds. None if they lie elsewhere."""
         ...
 
 

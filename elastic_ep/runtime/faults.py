@@ -34,6 +34,7 @@ RANK_POINTS = {
     "stage_expert": "before an expert is staged",
     "stage_end": "all is staged, the controller does not know",
     "stage_told": "it does",
+    "serve_addresses": "a peer asked where experts lie in memory",
     "serve_expert": "a peer asked for an expert",
     "serve_length": "the peer was told how many bytes come, and has none",
     "serve_end": "it was sent all of them",

@@ -50,8 +50,9 @@ from elastic_ep.runtime.rank_config import RankConfig
 from elastic_ep.runtime.stager import Stager, moved_bytes
 from elastic_ep.runtime.upkeep import Upkeep
 from elastic_ep.runtime.weights.host import HostBackup
-from elastic_ep.runtime.weights.peer import Peers, PeerServer
-from elastic_ep.runtime.weights.sources import Sources
+from elastic_ep.runtime.weights.peer import PeerServer
+from elastic_ep.runtime.weights.peer_memory import allow_reading
+from elastic_ep.runtime.weights.sources import Peers, Sources
 
 log = logging.getLogger(__name__)
 
@@ -145,15 +146,17 @@ class Rank:
         config, slots = self.config, self.engine.slots
         if config.host_backup_fd >= 0:
             slots.backup = HostBackup(config.host_backup_fd, *slots.shape, self.faults)
-        self.peer_server.find, self.peer_server.faults = slots.bytes_of, self.faults
-        sources = Sources(slots, Peers(config.rank, self.weights_address, config.token))
-        self.filler = Filler(slots, config.first_slot, sources, self.held, self.faults)
-        turn = (config.rank, max(config.ep_size, config.rank + 1))
-        upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
+        self.peer_server.find, self.peer_server.addresses, self.peer_server.faults = slots.bytes_of, slots.addresses, self.faults
+        reads_memory = config.peer_reads == "memory"
+        if reads_memory:
+            allow_reading()
 
         def make_sources() -> Sources:
-            return Sources(slots, Peers(config.rank, self.weights_address, config.token))
+            return Sources(slots, Peers(config.rank, self.weights_address, config.token, slots.shape, reads_memory=reads_memory))
 
+        self.filler = Filler(slots, config.first_slot, make_sources(), self.held, self.faults)
+        turn = (config.rank, max(config.ep_size, config.rank + 1))
+        upkeep = Upkeep(slots, config.first_slot, self.held, turn, config.fill_bytes_per_s, config.scrub_bytes_per_s)
         self.stager = Stager(slots, config.first_slot, make_sources, upkeep, self.channel.send, self.faults, self._prepare)
 
     def _prepare(self, order: Install) -> None:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _PATIENCE_S = 0.05
 _RETRY_S = 1.0
+_READS_AHEAD = 8
+"""for each reader: on a busy machine this thread gets a core too late to keep them busy one by one"""
 EXIT_WRONG_EXPERT = 6
 
 
@@ -125,7 +127,7 @@ class Stager:
                     done.add(self._read(stage, load))
                 else:
                     pending.append(self._pool.submit(self._read, stage, load))
-                if len(pending) > self._slots.readers:
+                if len(pending) > _READS_AHEAD * self._slots.readers:
                     done.add(pending.popleft().result())
                 if stage.bytes_per_s > 0:
                     self._wait_until(started + number * self._slots.shape[2] / stage.bytes_per_s, stage)
@@ -144,6 +146,7 @@ class Stager:
         """In a reader's thread, or in this one where only one is to read."""
         if not hasattr(self._own, "sources"):
             self._own.sources = self._make_sources()
+        self._own.sources.begin_order(stage.change)
         place = SlotLoad(load.layer, load.slot - self._first_slot, load.expert)
         return self._slots.stage(place, self._own.sources.chain(load, stage.weights), load.digest)
 

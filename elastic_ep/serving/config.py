@@ -53,6 +53,7 @@ class ServeConfig:
         rebalance_bytes_per_s: what background loading may read on each rank; 0 is as fast as it goes.
         staging_bytes: what a rank may hold beside its slots while experts move in the background.
         scrub_bytes_per_s: how fast a rank looks whether its slots still hold what was verified; 0 never.
+        peer_reads: "memory" copies experts out of the memory of ranks on the same host where the system permits; "socket" has them sent.
         rebalance_interval_s: how often to look whether another placement would serve the recorded load better; 0 never.
         rebalance_min_gain: by what share the busiest ranks must get faster for experts to be moved.
         load_trace: a .npz file for the recorded loads, [windows, L, E], written when the server stops.
@@ -88,6 +89,7 @@ class ServeConfig:
     rebalance_bytes_per_s: float = 0.0
     staging_bytes: int = 1 << 30
     scrub_bytes_per_s: float = 32e6
+    peer_reads: str = "memory"
     rebalance_interval_s: float = 60.0
     rebalance_min_gain: float = 0.05
     load_trace: str | None = None

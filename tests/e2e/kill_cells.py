@@ -24,6 +24,7 @@ class Setting(enum.Enum):
     """What a server must be started with for a point to be reached."""
 
     PLAIN = "ranks of one host"
+    SOCKETS = "experts of other ranks sent over sockets"
     BACKUP = "with a backup in the host's memory"
     AGENTS = "two of the ranks on other hosts"
 
@@ -32,7 +33,8 @@ IN_STEP = ("step_begin", "dispatch_begin", *FRAME_POINTS, "dispatch_end", "combi
 IN_INSTALL = ("install_begin", "install_connected", "install_end", "install_told")
 IN_STAGE = ("stage_begin", "stage_expert", "stage_end", "stage_told")
 IN_JOIN = ("hello_said", "dense_loaded", "dense_told", *IN_STAGE, "load_expert", "expert_loaded")
-IN_PEER = ("serve_expert", "serve_length", "serve_end")
+IN_SOCKET = ("serve_expert", "serve_length", "serve_end")
+IN_PEER = ("serve_addresses", *IN_SOCKET)
 IN_BACKUP = ("backup_begin", "backup_bytes", "backup_end")
 SHELL_STEP = ("send_step", "step_sent", "commit", "emitted")
 SHELL_RECOVERY = (
@@ -63,6 +65,8 @@ class Cell(NamedTuple):
     def setting(self) -> Setting:
         if self.point in SHELL_SEATS or self.point in AGENT_POINTS:
             return Setting.AGENTS
+        if self.point in IN_SOCKET:
+            return Setting.SOCKETS
         return Setting.BACKUP if self.point in IN_BACKUP else Setting.PLAIN
 
 

@@ -48,6 +48,7 @@ LONGEST_GAP_S = 3 * STEP_TIMEOUT_S
 ARGUMENTS = ("--ep-size", str(EP_SIZE), "--num-redundant-experts", "4", "--step-timeout", str(STEP_TIMEOUT_S))
 START_TIMEOUTS_S = (6, 12, 30)
 """for a process to be ready: tried one after the other until a server starts, as imports take longer on a busy machine"""
+MORE = {Setting.BACKUP: ("--host-backup", "experts"), Setting.SOCKETS: ("--peer-reads", "socket")}
 QUICK_RESTART = ("--restart-backoff", "0.05", "--restart-backoff-max", "0.2")
 
 
@@ -307,7 +308,7 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
         file = folder / f"faults-{setting.name}-{len(left)}.json"
         with ExitStack() as stack:
             hosts = stack.enter_context(Hosts(folder, file)) if setting is Setting.AGENTS else None
-            more = ("--host-backup", "experts") if setting is Setting.BACKUP else hosts.arguments if hosts else ()
+            more = hosts.arguments if hosts else MORE.get(setting, ())
             server = start(checkpoint, START_TIMEOUTS_S[2:] if hosts else START_TIMEOUTS_S, file, more)
             stack.callback(server.stop)
             backup = Backup(server.process.pid, server.facts) if setting is Setting.BACKUP else None
@@ -326,7 +327,7 @@ def run_cells(checkpoint: Path, folder: Path, cells: Sequence[Cell], seed: int) 
 def shares_of(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that share a server, those of each setting spread evenly: agents take long to start, others can go on meanwhile."""
     placed: list[tuple[float, list[Cell]]] = []
-    for setting in (Setting.AGENTS, Setting.BACKUP, Setting.PLAIN):
+    for setting in (Setting.AGENTS, Setting.BACKUP, Setting.SOCKETS, Setting.PLAIN):
         mine = [cell for cell in cells if cell.setting is setting]
         placed += [(start / len(mine), mine[start : start + CELLS_PER_SERVER]) for start in range(0, len(mine), CELLS_PER_SERVER)]
     return [share for _, share in sorted(placed, key=lambda item: item[0])]

@@ -12,7 +12,7 @@ from elastic_ep.runtime.faults import AGENT_POINTS, POINTS, SHELL_POINTS, parse_
 from tests.e2e import kill_cells, kill_matrix
 from tests.e2e.kill_cells import EP_SIZE, JOINER, Setting
 
-NUM_CELLS = {Setting.PLAIN: 12, Setting.BACKUP: 2, Setting.AGENTS: 2}
+NUM_CELLS = {Setting.PLAIN: 11, Setting.SOCKETS: 1, Setting.BACKUP: 2, Setting.AGENTS: 2}
 
 
 def test_every_point_is_in_the_matrix():

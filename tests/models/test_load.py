@@ -6,16 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from elastic_ep.core.errors import CheckpointError, ElasticEPError, InvalidInputError
 from elastic_ep.models.spec import inspect_checkpoint
 from elastic_ep.runtime.engine import SlotLoad
+from elastic_ep.runtime.weights.base import ExpertSource, digest_of
 from tests.checkpoints import FAMILIES, config_of, save_checkpoint, save_sparse
 from tests.models.world import World
 
@@ -268,6 +271,68 @@ def test_staged_memory_is_used_again(checkpoint: Callable[..., Path]) -> None:
     slots.drop_staged()
     assert buffers() == known
     assert slots.find(1, 4) is slots._slots[1][0].weights
+
+
+class Paced:
+    """The checkpoint, which waits before it fills the slot with the experts named."""
+
+    kind = "checkpoint"
+
+    def __init__(self, source: ExpertSource, *experts: int) -> None:
+        self.source, self.experts = source, experts
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def read(self, layer: int, expert: int, slot: torch.Tensor) -> Any:
+        if expert in self.experts:
+            self.begun.set()
+            assert self.gate.wait(20.0)
+        return self.source.read(layer, expert, slot)
+
+    def known_digest(self, layer: int, expert: int) -> int | None:
+        return None
+
+    def close(self) -> None: ...
+
+
+def test_what_is_staged_for_an_empty_slot_lies_there_already(checkpoint: Callable[..., Path]) -> None:
+    slots = World(checkpoint("mixtral"), [[0, -1], [0, -1], [0, -1]]).engine.slots
+    own = slots._slots[0][1]
+    digest = slots.stage(SlotLoad(0, 1, 5)).digest
+    assert slots.bytes_of(0, 5) is None, "nobody is sent what is only staged"
+    assert not slots.addresses()[0, 5]
+    assert slots.adopt(SlotLoad(0, 1, 5)) == digest
+    assert slots.find(0, 5) is own.weights
+    assert slots.addresses()[0, 5] == own.memory.data_ptr()
+    assert not slots._free
+    slots.stage(SlotLoad(1, 1, 4))
+    slots.drop_staged()
+    assert slots.load(SlotLoad(1, 1, 2)).digest == digest_of(slots.slot_bytes(1, 1))
+    assert not slots._free, "a slot's own memory stays its own"
+    slots.stage(SlotLoad(0, 1, 2))
+    assert slots.find(0, 5) is own.weights, "a slot that serves is not read into"
+    slots.adopt(SlotLoad(0, 1, 2))
+    assert [id(buffer) for buffer in slots._free].count(id(own)) == 1
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_slot_is_loaded_while_an_order_that_was_given_up_still_reads_for_it(checkpoint: Callable[..., Path], adopted: bool) -> None:
+    """The two never share memory, whichever ends first."""
+    slots = World(checkpoint("mixtral"), [[0, -1], [0, -1], [0, -1]]).engine.slots
+    paced = Paced(slots.checkpoint, 5)
+    stager = threading.Thread(target=slots.stage, args=(SlotLoad(0, 1, 5), (paced,)))
+    stager.start()
+    assert paced.begun.wait(20.0)
+    if adopted:
+        assert slots.adopt(SlotLoad(0, 1, 2)) is None
+    loaded = slots.load(SlotLoad(0, 1, 2))
+    paced.gate.set()
+    stager.join(20.0)
+    assert digest_of(slots.slot_bytes(0, 1)) == loaded.digest
+    slots.drop_staged()
+    staged = slots.stage(SlotLoad(0, 1, 4))
+    assert digest_of(slots.slot_bytes(0, 1)) == loaded.digest
+    assert slots.adopt(SlotLoad(0, 1, 4)) == staged.digest == digest_of(slots.slot_bytes(0, 1))
+    assert (len({id(buffer) for buffer in slots._free}), slots._lent) == (len(slots._free), set())
 
 
 def test_the_lowest_slot_serves(checkpoint: Callable[..., Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import random
 import threading
 from pathlib import Path
@@ -45,6 +47,33 @@ def test_a_copy_has_the_digest_of_its_bytes(by):
         assert (memory[begin : begin + n] == source).all(), (n, start)
         assert (memory[:begin] == 170).all(), "nothing before it is touched"
         assert (memory[begin + n :] == 170).all(), "nothing after it is touched"
+
+
+def test_memory_of_another_process_is_read_with_its_digest():
+    if not digests.can_read_memory(EDGES[-1]):
+        pytest.skip("the helper was not compiled")
+    rng = np.random.default_rng(5)
+    pages = mmap.mmap(-1, 1 << 22)  # shared with the child: it says where it has mapped them
+    source = np.frombuffer(pages, np.uint8)
+    source[:] = rng.integers(0, 256, len(source), dtype=np.uint8)
+    gate, told = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(gate, 1)
+        os._exit(0)
+    try:
+        for n in [n for n in EDGES if n > 240] + [3 << 20]:
+            slot = np.zeros(n, np.uint8)
+            assert digests.read_memory(slot, child, source.ctypes.data + 3) == xxhash.xxh3_64_intdigest(source[3 : 3 + n].data)
+            assert (slot == source[3 : 3 + n]).all()
+        with pytest.raises(OSError, match="Bad address"):
+            digests.read_memory(np.zeros(4096, np.uint8), child, 4096)
+    finally:
+        os.write(told, b"x")
+        os.waitpid(child, 0)
+    with pytest.raises(ProcessLookupError):
+        digests.read_memory(np.zeros(4096, np.uint8), child, source.ctypes.data)
+    del source
 
 
 def test_what_is_copied_is_what_was_digested_though_somebody_writes_there(by):

@@ -11,8 +11,7 @@ from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.filler import Filler
 from elastic_ep.runtime.weights.base import Loaded
-from elastic_ep.runtime.weights.peer import Peers
-from elastic_ep.runtime.weights.sources import Sources
+from elastic_ep.runtime.weights.sources import Peers, Sources
 
 FIRST, NUM_SLOTS = 8, 12
 
@@ -63,7 +62,7 @@ def order(slot: int, expert: int, source: str = "checkpoint") -> LoadOrder:
 
 
 def filler(slots: FakeSlots, held: dict) -> Filler:
-    return Filler(slots, FIRST, Sources(slots, Peers(0, "unix:/none", "")), held, FaultPlan())
+    return Filler(slots, FIRST, Sources(slots, Peers(0, "unix:/none", "", (1, 1, 64), reads_memory=False)), held, FaultPlan())
 
 
 @pytest.fixture(params=[1, 3])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,8 +18,8 @@ from elastic_ep.runtime.upkeep import IDLE_S, Upkeep
 from elastic_ep.runtime.weights.base import Loaded, digest_of, read_verified
 from elastic_ep.runtime.weights.digest import Read
 from elastic_ep.runtime.weights.host import HostBackup
-from elastic_ep.runtime.weights.peer import Peers, PeerServer
-from elastic_ep.runtime.weights.sources import Sources
+from elastic_ep.runtime.weights.peer import PeerServer
+from elastic_ep.runtime.weights.sources import Peers, Sources
 
 LAYERS, EXPERTS, BYTES = 2, 4, 256
 
@@ -68,10 +70,16 @@ class FakeSlots:
     def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
         return self.memory[layer, slot]
 
+    def addresses(self) -> np.ndarray:
+        found = np.zeros((LAYERS, EXPERTS), np.uint64)
+        for (layer, slot), (index, _) in self.held.items():
+            found[layer, index] = self.memory[layer, slot].data_ptr()
+        return found
+
 
 @pytest.fixture
 def peers():
-    made = Peers(0, "unix:/none", "secret")
+    made = Peers(0, "unix:/none", "secret", FakeSlots.shape, reads_memory=True)
     yield made
     made.close()
 
@@ -90,7 +98,7 @@ def read(sources, layer: int, index: int, digest: int | None = None) -> tuple[Lo
 
 def serve(tmp_path: Path, rank: int, slots: FakeSlots, token: str = "secret") -> str:
     server = PeerServer(rank, f"unix:{tmp_path}/{rank}.weights", token)
-    server.find = slots.bytes_of
+    server.find, server.addresses = slots.bytes_of, slots.addresses
     return server.start()
 
 
@@ -108,7 +116,7 @@ def test_a_peer_sends_what_it_holds(tmp_path, peers):
 def test_a_peer_is_not_asked_without_the_token(tmp_path):
     address = serve(tmp_path, 1, FakeSlots((0, 0, 0)))
     with pytest.raises(CheckpointError, match="rank 1 at unix:"):
-        read([Peers(0, "unix:/none", "another").source(1, {1: address})], 0, 0)
+        read([Peers(0, "unix:/none", "another", FakeSlots.shape, reads_memory=False).source(1, {1: address})], 0, 0)
 
 
 def test_a_peer_that_died_or_hangs_is_passed_over(tmp_path, peers, monkeypatch):
@@ -124,6 +132,94 @@ def test_a_peer_that_died_or_hangs_is_passed_over(tmp_path, peers, monkeypatch):
         assert slot.equal(expert(0, 2))
         assert loaded.errors[0].startswith(f"peer: rank {peer} at {address}:"), loaded.errors
     hung.close()
+
+
+class CountedSlots(FakeSlots):
+    """Notes what is asked for over the channel."""
+
+    def __init__(self, *held: tuple[int, int, int]) -> None:
+        super().__init__(*held)
+        self.sent: list[tuple[int, int]] = []
+        self.asked_where = 0
+
+    def bytes_of(self, layer: int, index: int) -> torch.Tensor | None:
+        self.sent.append((layer, index))
+        return super().bytes_of(layer, index)
+
+    def addresses(self) -> np.ndarray:
+        self.asked_where += 1
+        return super().addresses()
+
+
+@pytest.fixture
+def neighbour(tmp_path, peers):
+    """A rank of this host that holds experts 1 and 2 of layer 0, and read(expert, known=True): what comes from it for an order."""
+    slots, own = CountedSlots((0, 0, 1), (0, 3, 2)), FakeSlots()
+    addresses, sources = {1: serve(tmp_path, 1, slots)}, Sources(own, peers)
+
+    def read_one(index: int, known: bool = True) -> tuple[Loaded, torch.Tensor]:
+        digest = digest_of(expert(0, index)) if known else None
+        return read(sources.chain(LoadOrder(0, 0, index, "same_node", 1, digest), addresses), 0, index, digest)
+
+    return slots, sources, read_one
+
+
+def test_a_neighbours_memory_is_read_and_it_need_not_do_anything(neighbour):
+    slots, _, read_one = neighbour
+    for index in (1, 2, 1):
+        loaded, slot = read_one(index)
+        assert (loaded.kind, loaded.num_bytes, loaded.errors) == ("peer", BYTES, ())
+        assert slot.equal(expert(0, index))
+    assert (slots.sent, slots.asked_where) == ([], 1)
+
+
+def test_an_expert_that_has_moved_is_never_taken_for_another(neighbour):
+    slots, sources, read_one = neighbour
+    read_one(1)
+    slots.memory[0, 0] = expert(0, 3)
+    slots.held[0, 0] = (3, digest_of(expert(0, 3)))
+    loaded, slot = read_one(1)
+    assert loaded.kind == "checkpoint"
+    assert "peer: expert 1 of MoE layer 0 was read with digest" in loaded.errors[0]
+    assert slot.equal(expert(0, 1))
+    sources.begin_order(7)
+    loaded, slot = read_one(3)
+    assert (loaded.kind, slot.equal(expert(0, 3))) == ("peer", True)
+    sources.begin_order(7)
+    read_one(3)
+    assert (slots.sent, slots.asked_where) == ([], 2)
+
+
+def test_without_a_digest_to_compare_with_a_neighbour_is_asked(neighbour):
+    slots, _, read_one = neighbour
+    assert read_one(2, known=False)[0].kind == "peer"
+    assert (slots.sent, slots.asked_where) == ([(0, 2)], 0)
+
+
+@pytest.mark.parametrize("errno_", [errno.EPERM, errno.ESRCH, errno.EFAULT])
+def test_where_memory_cannot_be_read_experts_are_sent(neighbour, monkeypatch, errno_):
+    slots, _, read_one = neighbour
+    tries = []
+
+    def refuse(*args: object) -> int:
+        tries.append(args)
+        raise OSError(errno_, os.strerror(errno_))
+
+    monkeypatch.setattr("elastic_ep.runtime.weights.peer_memory.read_memory", refuse)
+    for index in (1, 2):
+        loaded, slot = read_one(index)
+        assert (loaded.kind, loaded.errors, slot.equal(expert(0, index))) == ("peer", (), True)
+    assert slots.sent == [(0, 1), (0, 2)]
+    assert len(tries) == (1 if errno_ == errno.EPERM else 2), "a refusal is for good"
+
+
+def test_a_neighbour_whose_slots_are_on_a_device_sends_them(tmp_path, peers):
+    slots = CountedSlots((0, 0, 1))
+    slots.addresses = lambda: None
+    digest = digest_of(expert(0, 1))
+    source = peers.source(1, {1: serve(tmp_path, 1, slots)}, is_digest_known=True)
+    assert read([source], 0, 1, digest)[1].equal(expert(0, 1))
+    assert slots.sent == [(0, 1)]
 
 
 def test_wrong_bytes_are_passed_over_wherever_they_come_from(tmp_path, peers, backup):

@@ -15,8 +15,7 @@ from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.stager import Stager
 from elastic_ep.runtime.weights.base import Loaded
-from elastic_ep.runtime.weights.peer import Peers
-from elastic_ep.runtime.weights.sources import Sources
+from elastic_ep.runtime.weights.sources import Peers, Sources
 
 BYTES, WAIT_S = 256, 20.0
 
@@ -70,7 +69,13 @@ class Bench:
         slots: Any = self.slots
         upkeep: Any = NoUpkeep()
         self.stager = Stager(
-            slots, 0, lambda: Sources(slots, Peers(0, "unix:/none", "")), upkeep, self.said.put, FaultPlan(), lambda order: None
+            slots,
+            0,
+            lambda: Sources(slots, Peers(0, "unix:/none", "", (2, 16, BYTES), reads_memory=False)),
+            upkeep,
+            self.said.put,
+            FaultPlan(),
+            lambda order: None,
         )
 
     def order(self, change: int, experts: list[int], bytes_per_s: float = 0.0) -> None:

@@ -190,6 +190,9 @@ class DeviceSlots:
                 return self.slot_bytes(layer, slot)
         return None
 
+    def addresses(self) -> None:
+        """None: what others can read of a process is its memory on the host."""
+
     def close(self) -> None:
         self.backup = None
         self.checkpoint.close()

@@ -1,13 +1,15 @@
 /* xxh3_64 (seed 0, more than 240 bytes: github.com/Cyan4973/xxHash, doc/xxhash_spec.md) of bytes on their way into memory: read from files in
-   stretches that are digested while they are in the cache, or copied past it. One call per expert, without the GIL. Called from digest.py
-   with addresses as integers; the caller vouches for lengths and lifetimes. */
+   stretches, or from another process, and digested while they are in the cache, or copied past it. One call per expert, without the GIL.
+   Called from digest.py with addresses as integers; the caller vouches for lengths and lifetimes. */
 
+#define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <errno.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -197,9 +199,39 @@ static PyObject *read_stretches(PyObject *self, PyObject *args) {
     return Py_BuildValue("Knni", (unsigned long long)result, failed, done, error);
 }
 
+/* read_memory(address, num_bytes, pid, its address) -> (digest, 0), or (0, errno) when the process or its memory is not there, or is not ours
+   to read. More than 240 bytes. */
+static PyObject *read_memory(PyObject *self, PyObject *args) {
+    unsigned long long address, from;
+    Py_ssize_t n;
+    int pid;
+    if (!PyArg_ParseTuple(args, "KniK", &address, &n, &pid, &from)) return NULL;
+    struct digest d;
+    uint64_t result = 0;
+    int error = 0;
+    Py_BEGIN_ALLOW_THREADS;
+    char *to = (char *)(uintptr_t)address;
+    begin(&d, n);
+    for (Py_ssize_t done = 0; done < n && !error;) {
+        size_t count = n - done < CHUNK ? n - done : CHUNK;
+        struct iovec here = {to + done, count}, there = {(void *)(uintptr_t)(from + done), count};
+        ssize_t got = process_vm_readv(pid, &here, 1, &there, 1, 0);
+        if (got <= 0) {
+            error = got ? errno : EFAULT;
+        } else {
+            done += got;
+            take(&d, to, NULL, done);
+        }
+    }
+    if (!error) result = end(&d, to, n);
+    Py_END_ALLOW_THREADS;
+    return Py_BuildValue("Ki", (unsigned long long)result, error);
+}
+
 static PyMethodDef methods[] = {
     {"copy", copy, METH_VARARGS, NULL},
     {"read", read_stretches, METH_VARARGS, NULL},
+    {"read_memory", read_memory, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

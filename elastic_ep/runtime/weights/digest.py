@@ -7,6 +7,7 @@ one call: a thread that asks for the interpreter after each stretch waits for th
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -86,4 +87,19 @@ def read(slot: NDArray[np.uint8], stretches: Sequence[Stretch]) -> int:
     digest, index, got, errno = _native.read(slot.ctypes.data, len(slot), tuple(stretches))
     if index >= 0:
         raise Cut(index, got, errno)
+    return int(digest)
+
+
+def can_read_memory(num_bytes: int) -> bool:
+    """Whether `read_memory` can fill a slot of so many bytes."""
+    return _native is not None and num_bytes > _SHORT
+
+
+def read_memory(slot: NDArray[np.uint8], pid: int, address: int) -> int:
+    """Fill a slot from another process' memory; returns its digest. Raises OSError: EPERM where the system does not let us read it, ESRCH
+    when the process is gone, EFAULT when so many bytes are not there."""
+    assert _native is not None
+    digest, errno = _native.read_memory(slot.ctypes.data, len(slot), pid, address)
+    if errno:
+        raise OSError(errno, os.strerror(errno))
     return int(digest)

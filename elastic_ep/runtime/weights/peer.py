@@ -2,7 +2,7 @@
 
 The channel begins with the mesh's handshake (`dispatch/handshake.py`). A request is (layer, expert), 8 bytes; the answer is a length,
 8 bytes, and so many bytes, or length 0 if the peer does not hold the expert. What a peer sends while it overwrites the slot is found by
-its digest, like every other wrong byte.
+its digest, like every other wrong byte. A request of all ones asks where in the peer's memory its experts lie (`peer_memory.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.control.address import connect
@@ -26,7 +28,10 @@ from elastic_ep.runtime.weights.digest import CHUNK_BYTES, Digest, Read
 log = logging.getLogger(__name__)
 
 _REQUEST = struct.Struct("<II")
+_WHERE = 0xFFFFFFFF, 0xFFFFFFFF
 _LENGTH = struct.Struct("<Q")
+_MOST_ADDRESS_BYTES = 64 << 20
+_PEER_CREDENTIALS = struct.Struct("iII")
 _SEND_BUFFER_BYTES = 4 << 20
 """Of a local socket (the system may give less): the more fits, the less often two threads wait for each other and for a free core."""
 _CONNECT_TIMEOUT_S = 2.0
@@ -41,6 +46,7 @@ class PeerServer:
 
     Attributes:
         find: (layer, expert) -> a slot's bytes (uint8 [n]), None if no slot holds it; set once there are slots.
+        addresses: see `Slots.addresses`; likewise.
     """
 
     def __init__(self, rank: int, address: str, token: str) -> None:
@@ -48,6 +54,7 @@ class PeerServer:
         self._wanted = address
         self._token = token
         self.find: Callable[[int, int], torch.Tensor | None] = lambda layer, expert: None
+        self.addresses: Callable[[], NDArray[np.uint64] | None] = lambda: None
         self.faults = FaultPlan()
 
     def start(self) -> str:
@@ -76,6 +83,12 @@ class PeerServer:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             while True:
                 layer, expert = _REQUEST.unpack(_receive(sock, bytearray(_REQUEST.size)))
+                if (layer, expert) == _WHERE:
+                    self.faults.reach("serve_addresses")
+                    where = self.addresses()
+                    told = b"" if where is None else where.tobytes()
+                    sock.sendall(_LENGTH.pack(len(told)) + told)
+                    continue
                 self.faults.reach("serve_expert", layer=layer, expert=expert)
                 found = self.find(layer, expert)
                 data = memoryview(b"") if found is None else found.numpy().data
@@ -113,10 +126,23 @@ class PeerSource:
                 _receive(sock, view, time.monotonic() + _IDLE_TIMEOUT_S + length / _SLOWEST_BYTES_PER_S, digest)
                 return Read(len(view), digest.intdigest())
         except OSError as error:
-            self.close()
-            raise CheckpointError(f"rank {self._peer} at {self._address}: {error or type(error).__name__}") from None
+            raise self._failed(error) from None
         self.close()
         raise CheckpointError(f"rank {self._peer} sent {length} bytes for expert {expert} of MoE layer {layer}, not {len(view)}")
+
+    def addresses(self) -> tuple[int, bytes]:
+        """Over a Unix socket: the peer's process and its `Slots.addresses`, no bytes if there are none. Raises CheckpointError."""
+        try:
+            sock = self._connected()
+            sock.sendall(_REQUEST.pack(*_WHERE))
+            (length,) = _LENGTH.unpack(_receive(sock, bytearray(_LENGTH.size)))
+            if length > _MOST_ADDRESS_BYTES:
+                raise ConnectionError(f"{length} bytes of addresses")
+            raw = bytes(_receive(sock, bytearray(length), time.monotonic() + _IDLE_TIMEOUT_S))
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+            return _PEER_CREDENTIALS.unpack(credentials)[0], raw
+        except OSError as error:
+            raise self._failed(error) from None
 
     def known_digest(self, layer: int, expert: int) -> int | None:
         return None
@@ -125,6 +151,10 @@ class PeerSource:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        self.close()
+        return CheckpointError(f"rank {self._peer} at {self._address}: {error or type(error).__name__}")
 
     def _connected(self) -> socket.socket:
         if self._sock is None:
@@ -136,31 +166,6 @@ class PeerSource:
             if parse_welcome(welcome, self._hello, self._token) is None:
                 raise ConnectionRefusedError("it does not know the token")
         return self._sock
-
-
-class Peers:
-    """A source for each rank that can be asked, made when first needed."""
-
-    def __init__(self, rank: int, address: str, token: str) -> None:
-        self._rank, self._address, self._token = rank, address, token
-        self._sources: dict[int, tuple[str, PeerSource]] = {}
-
-    def source(self, peer: int, addresses: Mapping[int, str]) -> PeerSource | None:
-        """The source of a rank, None if its address is not known."""
-        address = addresses.get(peer)
-        if not address or peer == self._rank:
-            return None
-        known = self._sources.get(peer)
-        if known is None or known[0] != address:
-            if known is not None:
-                known[1].close()
-            known = self._sources[peer] = (address, PeerSource(self._rank, self._address, peer, address, self._token))
-        return known[1]
-
-    def close(self) -> None:
-        for _, source in self._sources.values():
-            source.close()
-        self._sources.clear()
 
 
 def _send(sock: socket.socket, data: memoryview) -> None:
