@@ -306,6 +306,42 @@ def test_connect_is_interrupted(folder: Path, switch: Switch) -> None:
         assert interrupted_in(lambda: one.connect({1: f"unix:{folder}/1"}, 20.0), switch) == Interrupted()
 
 
+def test_an_interrupt_between_a_call_and_its_answer_parts_nobody(folder: Path, switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has answered, and is done with both epochs' connects, when the interrupt comes before rank 1 reads the answer."""
+    zero = SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN)
+    one = SocketDispatcher(1, f"unix:{folder}/1", token=TOKEN, interrupt=switch.near)
+    peers = {0: zero.listen(), 1: one.listen()}
+    mesh, poll, answered = one._mesh, one._mesh._poll, []
+
+    def interrupted_poll(calls: Any, *rest: Any) -> Any:
+        if not answered and any(call._sent for call in calls):
+            answered.append(zero.connect(peers, 10.0))
+            switch.on()
+        return poll(calls, *rest)
+
+    monkeypatch.setattr(mesh, "_poll", interrupted_poll)
+    assert one.connect(peers, 10.0) == Interrupted()
+    assert answered == [None]
+    assert zero.connect(peers, 10.0) is None
+    switch.off()
+    assert one.connect(peers, 1.0) is None
+    world = World({0: zero, 1: one}, peers)
+    check_layer(world, epoch=2)
+    world.close()
+
+
+def test_a_call_that_was_interrupted_ends_with_the_peer_that_it_was_for(folder: Path, switch: Switch) -> None:
+    with SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN) as zero, SocketDispatcher(2, f"unix:{folder}/2", token=TOKEN) as two:
+        one = SocketDispatcher(1, f"unix:{folder}/1", token=TOKEN, interrupt=switch.near)
+        assert interrupted_in(lambda: one.connect({0: zero.address}, 20.0), switch) == Interrupted()
+        (call,) = one._mesh._calls.values()
+        assert call.sock is not None
+        peers = {1: one.address, 2: two.address}
+        assert run_ranks({1: lambda: one.connect(peers, 10.0), 2: lambda: two.connect(peers, 10.0)}) == {1: None, 2: None}
+        assert (call.sock, one._mesh._calls) == (None, {})
+        one.close()
+
+
 def test_a_wrong_own_address_is_refused(folder: Path) -> None:
     with SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN) as one, pytest.raises(InvalidInputError, match="which listens on"):
         one.connect({0: f"unix:{folder}/other"}, 1.0)

@@ -45,6 +45,7 @@ class Mesh:
         self._max_payload_bytes = max_payload_bytes
         self._region_bytes = region_bytes
         self._listener: socket.socket | None = None
+        self._calls: dict[int, Call] = {}
 
     def listen(self) -> str:
         """Start listening, once. Returns the address that peers dial. Raises InvalidInputError."""
@@ -60,6 +61,7 @@ class Mesh:
     def close(self) -> None:
         for rank in list(self.channels):
             self.drop(rank)
+        self._hang_up()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -86,15 +88,26 @@ class Mesh:
                 self.drop(rank)
         self._drop_gone()
         deadline = time.monotonic() + deadline_s
-        calls = {rank: Call(rank, address) for rank, address in self.peers.items() if rank < self.rank}
+        self._hang_up({rank: address for rank, address in self.peers.items() if rank not in self.channels})
+        for rank, address in self.peers.items():
+            if rank < self.rank and rank not in self._calls:
+                self._calls[rank] = Call(rank, address)
         guests: dict[int, Guest] = {}
         try:
-            return self._meet(calls, guests, deadline)
+            met = self._meet(self._calls, guests, deadline)
         finally:
-            for call in calls.values():
-                call.close()
             for guest in guests.values():
                 guest.close()
+        if not isinstance(met, Interrupted):
+            self._hang_up()
+        return met
+
+    def _hang_up(self, but: Mapping[int, str] | None = None) -> None:
+        """End the calls under way but those to these ranks at these addresses. One that an interrupt came between is gone on with later:
+        who was called may have answered, takes the channel for made, and would not look for another."""
+        for rank, call in list(self._calls.items()):
+            if but is None or but.get(rank) != call.address:
+                self._calls.pop(rank).close()
 
     def _drop_gone(self) -> None:
         """Close the channels whose other end is closed, also if unread frames are left."""
