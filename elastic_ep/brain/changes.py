@@ -115,7 +115,9 @@ def _stage(state: BrainState, change: Change, plan: GroupPlan, now: float) -> No
     change.staging_since = now
     rate, weights = state.settings.stage_bytes_per_s, {r: state.seats[r].weights_address for r in state.membership.ranks}
     change.deadline = now + state.settings.stage_deadline_s(max(map(len, orders.values()), default=0))
-    state.between_steps += [Send(rank, Stage(change.number, loads, rate, weights, ahead)) for rank, loads in orders.items()]
+    for rank, loads in orders.items():
+        waits = state.between_steps if rank not in change.joiners else state.out  # who joins is in no step that it would interrupt
+        waits.append(Send(rank, Stage(change.number, loads, rate, weights, ahead)))
     facts = {"joiners": list(change.joiners), "leavers": list(change.leavers), "loads": len(plan.loads), "gain": round(plan.gain, 4)}
     state.publish("change_started", change=change.number, kind=change.kind.value, **facts)
 

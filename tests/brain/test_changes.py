@@ -57,15 +57,19 @@ def test_nothing_is_said_to_a_rank_in_mid_step_but_to_interrupt_it():
     world.settle_until(lambda: len(world.received["r0"]) > 3)
     world.pass_time(0.6)
     in_step: set[int] = set()
+    orders_in_mid_step = []
     world.commands.clear()
     world.settle()
     for command in world.commands:
         if isinstance(command, ev.StepCommitted):
             in_step.clear()
         if isinstance(command, ev.Send):
+            if isinstance(command.message, Stage) and in_step:
+                orders_in_mid_step.append(command.rank)
             assert command.rank not in in_step or isinstance(command.message, Install), command
             if isinstance(command.message, RunStep):
                 in_step.add(command.rank)
+    assert orders_in_mid_step == [1], "who joins has no step to wait for"
     check_all(world, 80)
 
 
