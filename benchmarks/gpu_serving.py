@@ -235,6 +235,8 @@ def main() -> None:
     parser.add_argument("--parts", default="one-graphs,transformers,throughput,replicas,lost")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.ranks < 2:
+        parser.error(f"--ranks is {args.ranks}; give 2 or more, and --parts one for a single one")
     if not torch.version.cuda or not torch.cuda.device_count():
         print("nothing measured: torch sees no GPU")
         return

@@ -65,7 +65,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     scrub_help = "how fast a rank looks whether its slots still hold what was verified; 0: never"
     parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)
     reads_help = (
-        "experts of other ranks of this host: copied out of their memory (process_vm_readv) where the system permits, or sent over a socket"
+        "experts of other ranks, all on this host's CPUs: copied out of their memory (process_vm_readv) where the system permits, or sent "
+        "over sockets, as with --device cuda and --remote-ranks"
     )
     parser.add_argument("--peer-reads", choices=["memory", "socket"], default="memory", help=reads_help)
     interval_help = "how often to look whether another placement would serve the recorded expert loads better; 0: never"

@@ -64,7 +64,7 @@ class Slots(Protocol):
         ...
 
     def stage(self, load: SlotLoad, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
-        """The same, beside the live slots, in place of what was staged for that slot."""
+        """The same, beside whatever slots hold, in place of what was staged for that slot. It may lie in the slot if that holds nothing."""
         ...
 
     def adopt(self, load: SlotLoad) -> int | None:

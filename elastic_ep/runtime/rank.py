@@ -51,7 +51,7 @@ from elastic_ep.runtime.stager import Stager, moved_bytes
 from elastic_ep.runtime.upkeep import Upkeep
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.runtime.weights.peer import PeerServer
-from elastic_ep.runtime.weights.peer_memory import allow_reading
+from elastic_ep.runtime.weights.peer_memory import MemoryAccess, allow_reading
 from elastic_ep.runtime.weights.sources import Peers, Sources
 
 log = logging.getLogger(__name__)
@@ -147,12 +147,12 @@ class Rank:
         if config.host_backup_fd >= 0:
             slots.backup = HostBackup(config.host_backup_fd, *slots.shape, self.faults)
         self.peer_server.find, self.peer_server.addresses, self.peer_server.faults = slots.bytes_of, slots.addresses, self.faults
-        reads_memory = config.peer_reads == "memory"
-        if reads_memory:
+        access = MemoryAccess(slots.shape[2]) if config.reads_peer_memory else None
+        if access is not None:
             allow_reading()
 
         def make_sources() -> Sources:
-            return Sources(slots, Peers(config.rank, self.weights_address, config.token, slots.shape, reads_memory=reads_memory))
+            return Sources(slots, Peers(config.rank, self.weights_address, config.token, slots.shape, access))
 
         self.filler = Filler(slots, config.first_slot, make_sources(), self.held, self.faults)
         turn = (config.rank, max(config.ep_size, config.rank + 1))

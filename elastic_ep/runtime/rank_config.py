@@ -17,7 +17,7 @@ class RankConfig:
         ep_size: ranks of the group when this one was started.
         host_backup_fd: an inherited file descriptor of the host's backup, -1 for none.
         fill_bytes_per_s, scrub_bytes_per_s: see `Upkeep`.
-        peer_reads: how experts come from ranks of this host: "memory" copies them from there, "socket" has them sent.
+        reads_peer_memory: copy experts of ranks on this host out of their memory, and let them do so.
         guardian_pid: process with which this one ends (the agent of a host without the controller); None for none.
     """
 
@@ -34,5 +34,5 @@ class RankConfig:
     host_backup_fd: int = -1
     fill_bytes_per_s: float = 500e6
     scrub_bytes_per_s: float = 32e6
-    peer_reads: str = "memory"
+    reads_peer_memory: bool = True
     guardian_pid: int | None = None

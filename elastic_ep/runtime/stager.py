@@ -1,5 +1,5 @@
-"""Background loading on a rank: a thread that has staging memory filled while steps go on, several experts at a time, and says so when all
-of an order lies ready. Between orders the same thread does the rank's upkeep.
+"""Background loading on a rank: a thread that has experts staged while steps go on, several at a time, and says so when all of an order lie
+ready. Between orders the same thread does the rank's upkeep.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Stager:
         threading.Thread(target=self._run, name="stager", daemon=True).start()
 
     def order(self, stage: Stage) -> None:
-        """Begin with this order as soon as the expert in hand is read; what was staged before is dropped."""
+        """Begin with this order as soon as the experts in hand are read; what was staged before is dropped."""
         self._latest = stage.change
         self._orders.put(stage)
 
@@ -117,7 +117,7 @@ class Stager:
         """Leaves no read under way."""
         self._faults.reach("stage_begin")
         self._slots.drop_staged()
-        started, done, pending = time.monotonic(), _Done(), deque[Future[Loaded]]()
+        started, done, pending = time.monotonic(), _Done(), deque[Future[Loaded | None]]()
         try:
             for number, load in enumerate(stage.loads, 1):
                 if self._latest != stage.change:
@@ -142,8 +142,10 @@ class Stager:
         self._faults.reach("stage_end")
         return Staged(stage.change, moved_bytes(done.by_source), tuple(done.errors))
 
-    def _read(self, stage: Stage, load: LoadOrder) -> Loaded:
-        """In a reader's thread, or in this one where only one is to read."""
+    def _read(self, stage: Stage, load: LoadOrder) -> Loaded | None:
+        """In a reader's thread, or in this one where only one is to read. None if the order has been given up."""
+        if self._latest != stage.change:
+            return None
         if not hasattr(self._own, "sources"):
             self._own.sources = self._make_sources()
         self._own.sources.begin_order(stage.change)
@@ -158,7 +160,9 @@ class _Done:
     by_source: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
-    def add(self, loaded: Loaded) -> None:
+    def add(self, loaded: Loaded | None) -> None:
+        if loaded is None:
+            return
         self.by_source[loaded.kind] += loaded.num_bytes
         self.errors += loaded.errors
 

@@ -119,6 +119,8 @@ class ServeConfig:
             raise InvalidInputError(f"--rebalance-bytes-per-second is {self.rebalance_bytes_per_s:g}; give 0 (no limit) or more")
         if not 0 <= self.scrub_bytes_per_s < float("inf"):
             raise InvalidInputError(f"--scrub-bytes-per-second is {self.scrub_bytes_per_s:g}; give 0 (never) or more")
+        if self.peer_reads not in ("memory", "socket"):
+            raise InvalidInputError(f"--peer-reads is {self.peer_reads!r}; give memory or socket")
         if not 0 <= self.rebalance_interval_s < float("inf"):
             raise InvalidInputError(f"--rebalance-interval is {self.rebalance_interval_s:g}; give seconds, or 0 for never")
         if not 0 <= self.rebalance_min_gain < float("inf"):

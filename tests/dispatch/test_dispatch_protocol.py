@@ -330,6 +330,29 @@ def test_an_interrupt_between_a_call_and_its_answer_parts_nobody(folder: Path, s
     world.close()
 
 
+def test_an_old_answer_of_a_peer_that_has_hung_up_is_no_channel(folder: Path, switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has answered the call that was interrupted, has done without rank 1 since, and wants it again."""
+    zero = SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN)
+    one = SocketDispatcher(1, f"unix:{folder}/1", token=TOKEN, interrupt=switch.near)
+    peers = {0: zero.listen(), 1: one.listen()}
+    poll, answered = one._mesh._poll, []
+
+    def interrupted_poll(calls: Any, *rest: Any) -> Any:
+        if not answered and any(call._sent for call in calls):
+            answered.append(zero.connect(peers, 10.0))
+            switch.on()
+        return poll(calls, *rest)
+
+    monkeypatch.setattr(one._mesh, "_poll", interrupted_poll)
+    assert one.connect(peers, 10.0) == Interrupted()
+    assert zero.connect({0: peers[0]}, 10.0) is None
+    switch.off()
+    world = World({0: zero, 1: one}, peers)
+    assert run_ranks({0: lambda: zero.connect(peers, 5.0), 1: lambda: one.connect(peers, 5.0)}) == {0: None, 1: None}
+    check_layer(world, epoch=3)
+    world.close()
+
+
 def test_a_call_that_was_interrupted_ends_with_the_peer_that_it_was_for(folder: Path, switch: Switch) -> None:
     with SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN) as zero, SocketDispatcher(2, f"unix:{folder}/2", token=TOKEN) as two:
         one = SocketDispatcher(1, f"unix:{folder}/1", token=TOKEN, interrupt=switch.near)

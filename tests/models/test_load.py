@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elastic_ep.core.errors import CheckpointError, ElasticEPError, InvalidInputError
+from elastic_ep.models.slots import ExpertSlots
 from elastic_ep.models.spec import inspect_checkpoint
 from elastic_ep.runtime.engine import SlotLoad
-from elastic_ep.runtime.weights.base import ExpertSource, digest_of
+from elastic_ep.runtime.weights.base import ExpertSource, SlotLayout, digest_of
 from tests.checkpoints import FAMILIES, config_of, save_checkpoint, save_sparse
 from tests.models.world import World
 
@@ -292,6 +294,15 @@ class Paced:
         return None
 
     def close(self) -> None: ...
+
+
+def test_touched_slots_have_their_memory() -> None:
+    layout = SlotLayout((("gate_up_proj", (1024, 1024)), ("down_proj", (1024, 512))), torch.float32)
+    slots = ExpertSlots(2, 4, 8, layout, Paced(None), False, 0)  # type: ignore[arg-type]
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE  # noqa: E731
+    before = resident()
+    slots.touch()
+    assert resident() - before > 0.9 * 8 * layout.num_bytes
 
 
 def test_what_is_staged_for_an_empty_slot_lies_there_already(checkpoint: Callable[..., Path]) -> None:

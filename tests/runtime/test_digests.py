@@ -71,6 +71,8 @@ def test_memory_of_another_process_is_read_with_its_digest():
     finally:
         os.write(told, b"x")
         os.waitpid(child, 0)
+        os.close(gate)
+        os.close(told)
     with pytest.raises(ProcessLookupError):
         digests.read_memory(np.zeros(4096, np.uint8), child, source.ctypes.data)
     del source

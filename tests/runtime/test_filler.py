@@ -62,7 +62,7 @@ def order(slot: int, expert: int, source: str = "checkpoint") -> LoadOrder:
 
 
 def filler(slots: FakeSlots, held: dict) -> Filler:
-    return Filler(slots, FIRST, Sources(slots, Peers(0, "unix:/none", "", (1, 1, 64), reads_memory=False)), held, FaultPlan())
+    return Filler(slots, FIRST, Sources(slots, Peers(0, "unix:/none", "", (1, 1, 64))), held, FaultPlan())
 
 
 @pytest.fixture(params=[1, 3])

@@ -19,6 +19,7 @@ from elastic_ep.runtime.weights.base import Loaded, digest_of, read_verified
 from elastic_ep.runtime.weights.digest import Read
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.runtime.weights.peer import PeerServer
+from elastic_ep.runtime.weights.peer_memory import MemoryAccess, allow_reading
 from elastic_ep.runtime.weights.sources import Peers, Sources
 
 LAYERS, EXPERTS, BYTES = 2, 4, 256
@@ -79,7 +80,7 @@ class FakeSlots:
 
 @pytest.fixture
 def peers():
-    made = Peers(0, "unix:/none", "secret", FakeSlots.shape, reads_memory=True)
+    made = Peers(0, "unix:/none", "secret", FakeSlots.shape, MemoryAccess(BYTES))
     yield made
     made.close()
 
@@ -116,7 +117,7 @@ def test_a_peer_sends_what_it_holds(tmp_path, peers):
 def test_a_peer_is_not_asked_without_the_token(tmp_path):
     address = serve(tmp_path, 1, FakeSlots((0, 0, 0)))
     with pytest.raises(CheckpointError, match="rank 1 at unix:"):
-        read([Peers(0, "unix:/none", "another", FakeSlots.shape, reads_memory=False).source(1, {1: address})], 0, 0)
+        read([Peers(0, "unix:/none", "another", FakeSlots.shape).source(1, {1: address})], 0, 0)
 
 
 def test_a_peer_that_died_or_hangs_is_passed_over(tmp_path, peers, monkeypatch):
@@ -173,6 +174,32 @@ def test_a_neighbours_memory_is_read_and_it_need_not_do_anything(neighbour):
     assert (slots.sent, slots.asked_where) == ([], 1)
 
 
+def test_the_memory_of_another_process_is_read(tmp_path, peers):
+    """A real neighbour, which is asked where, and sends nothing."""
+    told, gate = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        allow_reading()
+        slots = CountedSlots((0, 0, 1), (1, 2, 3))
+        serve(tmp_path, 1, slots)
+        os.write(told[1], b"!")
+        os.read(gate[0], 1)
+        os._exit(10 * slots.asked_where + len(slots.sent))
+    try:
+        os.read(told[0], 1)
+        for layer, index in ((0, 1), (1, 3)):
+            digest = digest_of(expert(layer, index))
+            source = peers.source(1, {1: f"unix:{tmp_path}/1.weights"}, is_digest_known=True)
+            loaded, slot = read([source], layer, index, digest)
+            assert (loaded.kind, slot.equal(expert(layer, index))) == ("peer", True)
+    finally:
+        os.write(gate[1], b"!")
+        status = os.waitpid(child, 0)[1]
+        for fd in (*told, *gate):
+            os.close(fd)
+    assert os.waitstatus_to_exitcode(status) == 10, "asked where once, and for no expert"
+
+
 def test_an_expert_that_has_moved_is_never_taken_for_another(neighbour):
     slots, sources, read_one = neighbour
     read_one(1)
@@ -196,7 +223,7 @@ def test_without_a_digest_to_compare_with_a_neighbour_is_asked(neighbour):
     assert (slots.sent, slots.asked_where) == ([(0, 2)], 0)
 
 
-@pytest.mark.parametrize("errno_", [errno.EPERM, errno.ESRCH, errno.EFAULT])
+@pytest.mark.parametrize("errno_", [errno.EPERM, errno.ENOSYS, errno.ESRCH, errno.EFAULT])
 def test_where_memory_cannot_be_read_experts_are_sent(neighbour, monkeypatch, errno_):
     slots, _, read_one = neighbour
     tries = []
@@ -210,7 +237,7 @@ def test_where_memory_cannot_be_read_experts_are_sent(neighbour, monkeypatch, er
         loaded, slot = read_one(index)
         assert (loaded.kind, loaded.errors, slot.equal(expert(0, index))) == ("peer", (), True)
     assert slots.sent == [(0, 1), (0, 2)]
-    assert len(tries) == (1 if errno_ == errno.EPERM else 2), "a refusal is for good"
+    assert len(tries) == (1 if errno_ in (errno.EPERM, errno.ENOSYS) else 2), "a refusal is for good"
 
 
 def test_a_neighbour_whose_slots_are_on_a_device_sends_them(tmp_path, peers):
@@ -234,7 +261,7 @@ def test_wrong_bytes_are_passed_over_wherever_they_come_from(tmp_path, peers, ba
     peer.memory[0, 0, 77] ^= 4
     loaded, _ = read(chain, 0, 1, digest)
     assert loaded.kind == "host"
-    assert f"its bytes had {digest:016x} before; the peer's copy changed" in loaded.errors[0]
+    assert f"its bytes had {digest:016x} before; the peer holds it elsewhere by now, or its memory fails" in loaded.errors[0]
     backup._slots[0, 1, 5] ^= 1
     loaded, slot = read(chain, 0, 1, digest)
     assert (loaded.kind, len(loaded.errors)) == ("checkpoint", 2)

@@ -71,7 +71,7 @@ class Bench:
         self.stager = Stager(
             slots,
             0,
-            lambda: Sources(slots, Peers(0, "unix:/none", "", (2, 16, BYTES), reads_memory=False)),
+            lambda: Sources(slots, Peers(0, "unix:/none", "", (2, 16, BYTES))),
             upkeep,
             self.said.put,
             FaultPlan(),
@@ -116,6 +116,24 @@ def test_an_order_that_is_given_up_is_not_answered(readers: int) -> None:
     bench.slots.gate.set()
     bench.order(2, [5])
     assert bench.said.get(timeout=WAIT_S).change == 2
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+def test_an_order_that_is_given_up_is_not_read_to_its_end(readers: int) -> None:
+    """Only what was begun is: a recovery needs the disk and the memory for what somebody waits for."""
+    bench = Bench(readers)
+    bench.slots.gate.clear()
+    bench.order(1, [*range(9), *range(10, 16), 0, 1])
+    for _ in range(readers):
+        bench.slots.begun.get(timeout=WAIT_S)
+    bench.stager.cancel()
+    bench.order(2, [5])
+    bench.slots.gate.set()
+    assert bench.said.get(timeout=WAIT_S) == Staged(2, {"checkpoint": BYTES}, ())
+    begun = []
+    while not bench.slots.begun.empty():
+        begun.append(bench.slots.begun.get())
+    assert begun == [5]
 
 
 @pytest.mark.parametrize("readers", [1, 3])

@@ -92,19 +92,22 @@ class Mesh:
         for rank, address in self.peers.items():
             if rank < self.rank and rank not in self._calls:
                 self._calls[rank] = Call(rank, address)
+        for call in self._calls.values():
+            call.outcome = FailureKind.DEADLINE
         guests: dict[int, Guest] = {}
+        met = None
         try:
             met = self._meet(self._calls, guests, deadline)
         finally:
             for guest in guests.values():
                 guest.close()
-        if not isinstance(met, Interrupted):
-            self._hang_up()
+            if not isinstance(met, Interrupted):
+                self._hang_up()
         return met
 
     def _hang_up(self, but: Mapping[int, str] | None = None) -> None:
-        """End the calls under way but those to these ranks at these addresses. One that an interrupt came between is gone on with later:
-        who was called may have answered, takes the channel for made, and would not look for another."""
+        """End the calls under way but those to these ranks at these addresses. A call that an interrupt cut short is kept: the peer may
+        have answered already and count the channel as made, so that hanging up would leave it waiting for nobody."""
         for rank, call in list(self._calls.items()):
             if but is None or but.get(rank) != call.address:
                 self._calls.pop(rank).close()
@@ -125,6 +128,8 @@ class Mesh:
         self._accept(guests)
         while True:
             now = time.monotonic()
+            if self.channels.keys() >= self.peers.keys():
+                self._drop_gone()  # the answer to an old call may have come from a peer that has hung up since
             missing = [rank for rank in self.peers if rank not in self.channels]
             if not missing:
                 return None

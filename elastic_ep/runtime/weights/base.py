@@ -131,9 +131,11 @@ def read_verified(sources: Sequence[ExpertSource], layer: int, expert: int, slot
             num_bytes, found = source.read(layer, expert, slot)
             expected = source.known_digest(layer, expert) if digest is None else digest
             if expected is not None and found != expected:
+                why = f"the {source.kind}'s copy changed or its memory or disk fails: restore it and restart"
+                if source.kind == "peer":
+                    why = "the peer holds it elsewhere by now, or its memory fails"
                 raise CheckpointError(
-                    f"expert {expert} of MoE layer {layer} was read with digest {found:016x}, its bytes had {expected:016x} before; "
-                    f"the {source.kind}'s copy changed or its memory or disk fails: restore it and restart"
+                    f"expert {expert} of MoE layer {layer} was read with digest {found:016x}, its bytes had {expected:016x} before; {why}"
                 )
             return Loaded(found, source.kind, num_bytes, tuple(errors))
         except CheckpointError as error:

@@ -10,7 +10,7 @@ from elastic_ep.core.links import SourceKind
 from elastic_ep.runtime.engine import Slots
 from elastic_ep.runtime.weights.base import ExpertSource, LocalSource
 from elastic_ep.runtime.weights.peer import PeerSource
-from elastic_ep.runtime.weights.peer_memory import PeerMemory
+from elastic_ep.runtime.weights.peer_memory import MemoryAccess, PeerMemory
 
 
 class _Peer(NamedTuple):
@@ -24,13 +24,13 @@ class Peers:
 
     Args:
         shape: (L, E, bytes of a slot).
-        reads_memory: copy the experts of ranks on this host out of their memory.
+        access: to copy the experts of ranks on this host out of their memory; None: they are to send them.
     """
 
-    def __init__(self, rank: int, address: str, token: str, shape: tuple[int, int, int], *, reads_memory: bool) -> None:
+    def __init__(self, rank: int, address: str, token: str, shape: tuple[int, int, int], access: MemoryAccess | None = None) -> None:
         self._rank, self._address, self._token = rank, address, token
         self._shape = shape
-        self._reads_memory = reads_memory
+        self._access = access
         self._known: dict[int, _Peer] = {}
 
     def source(self, peer: int, addresses: Mapping[int, str], *, is_digest_known: bool = False) -> ExpertSource | None:
@@ -43,7 +43,9 @@ class Peers:
             if known is not None:
                 known.channel.close()
             channel = PeerSource(self._rank, self._address, peer, address, self._token)
-            memory = PeerMemory(channel, self._shape) if self._reads_memory and address.startswith("unix:") else None
+            memory = None
+            if self._access is not None and address.startswith("unix:"):
+                memory = PeerMemory(channel, self._shape, self._access)
             known = self._known[peer] = _Peer(address, channel, memory)
         return known.memory if known.memory is not None and is_digest_known else known.channel
 
