@@ -5,7 +5,8 @@ before the next step, from the checkpoint's files or from the host's memory. pee
 successor is filled from the others' slots while they serve. The floor is detection + agreement + bytes / bandwidth; the bandwidth of
 each source is measured in the same run by the same number of processes reading the same experts with nothing else to do. The bar:
 detection + agreement + 1.5 x bytes / bandwidth + 50 ms. Nobody waits for a peer's bytes, which are read beside the traffic: for them a
-second bar has the bandwidth that the same raw reader gets beside the same traffic. `--json` prints one object.
+second bar has the bandwidth that the same raw reader gets beside the same traffic, and a second row is of a server without any. `--json`
+prints one object.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ def _reader(kind: str, slots: Any, address: str, places: list[tuple[int, int]], 
     return copy
 
 
-def _read_share(kind: str, checkpoint: str, share: int, count: int, address: str, barrier: Any, seconds: Any) -> None:
-    """One reader: every `SURVIVORS`-th of `count` experts into as many slots, which have been written before."""
+def _read_share(kind: str, checkpoint: str, share: int, readers: int, count: int, address: str, barrier: Any, seconds: Any) -> None:
+    """One of `readers`: its share of `count` experts into as many slots, which have been written before."""
     import torch
 
     from elastic_ep.models.engine import ElasticEngine
@@ -101,7 +102,7 @@ def _read_share(kind: str, checkpoint: str, share: int, count: int, address: str
     engine = ElasticEngine(checkpoint, 0, 0, kv_tokens=64)
     engine.load_dense()
     layers, experts, slot_bytes = engine.slots.shape
-    places = [divmod(i, experts) for i in range(layers * experts)][share:count:SURVIVORS]
+    places = [divmod(i, experts) for i in range(layers * experts)][share:count:readers]
     memories = zeroed(len(places) * slot_bytes).view(len(places), slot_bytes).fill_(1)
     read = _reader(kind, engine.slots, address, places, memories)
     barrier.wait()
@@ -133,7 +134,7 @@ def _peer(address: str, count: int, slot_bytes: int, layers: int, experts: int) 
 
 
 def bandwidth(kind: str, checkpoint: Path, spec: ModelSpec, count: int) -> float:
-    """Bytes per second that `SURVIVORS` readers get together (one for a peer: the rank that comes back reads alone)."""
+    """Bytes per second that `SURVIVORS` readers of `count` experts get together (one for a peer: the rank that comes back reads alone)."""
     spawn = multiprocessing.get_context("spawn")
     readers = 1 if kind == "peer" else SURVIVORS
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -146,7 +147,8 @@ def bandwidth(kind: str, checkpoint: Path, spec: ModelSpec, count: int) -> float
             stack.callback(peer.kill)
         barrier, seconds = spawn.Barrier(readers + 1), spawn.Array("d", SURVIVORS)
         workers = [
-            spawn.Process(target=_read_share, args=(kind, str(checkpoint), i, count, address, barrier, seconds)) for i in range(readers)
+            spawn.Process(target=_read_share, args=(kind, str(checkpoint), i, readers, count, address, barrier, seconds))
+            for i in range(readers)
         ]
         for worker in workers:
             worker.start()
@@ -154,8 +156,7 @@ def bandwidth(kind: str, checkpoint: Path, spec: ModelSpec, count: int) -> float
         barrier.wait(300)
         for worker in workers:
             worker.join()
-    share = count / SURVIVORS * readers
-    return share * spec.slot_bytes(None) / max(seconds)
+    return count * spec.slot_bytes(None) / max(seconds)
 
 
 # ---- the server
@@ -197,15 +198,15 @@ def kill_and_wait(server: ServerProcess, rank: int) -> list[dict[str, Any]]:
     return records
 
 
-def measure(kind: str, checkpoint: Path, spec: ModelSpec, kills: int) -> dict[str, Any]:
+def measure(kind: str, checkpoint: Path, spec: ModelSpec, kills: int, *, is_busy: bool = True) -> dict[str, Any]:
     arguments = ["--ep-size", str(EP_SIZE), "--restart", "always", "--rebalance-interval", "0", "--scrub-bytes-per-second", "0"]
     if kind == "host":
         arguments += ["--host-backup", "experts"]
     redundant = spec.num_experts if kind == "peer" else -(-spec.num_experts // SURVIVORS)  # three ranks can hold all of them
     arguments += ["--num-redundant-experts", str(redundant)]
     found = []
-    count, beside_traffic = spec.num_layers * spec.num_experts // EP_SIZE, 0.0
-    with ServerProcess(checkpoint, *arguments) as server, busy(server):
+    count, beside_traffic = spec.num_layers * spec.num_experts // EP_SIZE * (2 if kind == "peer" else 1), 0.0  # what a rank held
+    with ServerProcess(checkpoint, *arguments) as server, busy(server) if is_busy else contextlib.nullcontext():
         if kind == "host":
             server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], timeout_s=300)
         for number in range(kills):
@@ -214,9 +215,9 @@ def measure(kind: str, checkpoint: Path, spec: ModelSpec, kills: int) -> dict[st
                 found += _staged(server, records)
             else:
                 found.append(records[0])
-        if kind == "peer":
+        if kind == "peer" and is_busy:
             beside_traffic = float(np.median([bandwidth(kind, checkpoint, spec, count) for _ in range(3)]))
-    rate = bandwidth(kind, checkpoint, spec, count)
+    rate = float(np.median([bandwidth(kind, checkpoint, spec, count) for _ in range(3)]))
     rows = [_row(record, kind, rate) for record in found]
     middle: Callable[[str], float] = lambda key: float(np.median([row[key] for row in rows]))  # noqa: E731
     keys = ("detect_ms", "agree_ms", "plan_ms", "move_ms", "mbytes", "measured_ms", "floor_ms", "bar_ms", "ratio_to_floor")
@@ -266,6 +267,8 @@ def main() -> None:
         checkpoint = makers[name]()
         spec = inspect_checkpoint(checkpoint)
         results[name] = {kind: measure(kind, checkpoint, spec, args.kills) for kind in args.sources}
+        if "peer" in args.sources:
+            results[name]["peer, idle"] = measure("peer", checkpoint, spec, args.kills, is_busy=False)
     if args.json:
         print(json.dumps(results))
         return
