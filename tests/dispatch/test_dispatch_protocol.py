@@ -306,51 +306,42 @@ def test_connect_is_interrupted(folder: Path, switch: Switch) -> None:
         assert interrupted_in(lambda: one.connect({1: f"unix:{folder}/1"}, 20.0), switch) == Interrupted()
 
 
-def test_an_interrupt_between_a_call_and_its_answer_parts_nobody(folder: Path, switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has answered, and is done with both epochs' connects, when the interrupt comes before rank 1 reads the answer."""
+@pytest.fixture
+def parted(folder: Path, switch: Switch, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Ranks 0 and 1: rank 0 has answered rank 1's call, and is done, when the interrupt comes before rank 1 reads the answer."""
     zero = SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN)
     one = SocketDispatcher(1, f"unix:{folder}/1", token=TOKEN, interrupt=switch.near)
-    peers = {0: zero.listen(), 1: one.listen()}
-    mesh, poll, answered = one._mesh, one._mesh._poll, []
-
-    def interrupted_poll(calls: Any, *rest: Any) -> Any:
-        if not answered and any(call._sent for call in calls):
-            answered.append(zero.connect(peers, 10.0))
-            switch.on()
-        return poll(calls, *rest)
-
-    monkeypatch.setattr(mesh, "_poll", interrupted_poll)
-    assert one.connect(peers, 10.0) == Interrupted()
-    assert answered == [None]
-    assert zero.connect(peers, 10.0) is None
-    switch.off()
-    assert one.connect(peers, 1.0) is None
-    world = World({0: zero, 1: one}, peers)
-    check_layer(world, epoch=2)
-    world.close()
-
-
-def test_an_old_answer_of_a_peer_that_has_hung_up_is_no_channel(folder: Path, switch: Switch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 0 has answered the call that was interrupted, has done without rank 1 since, and wants it again."""
-    zero = SocketDispatcher(0, f"unix:{folder}/0", token=TOKEN)
-    one = SocketDispatcher(1, f"unix:{folder}/1", token=TOKEN, interrupt=switch.near)
-    peers = {0: zero.listen(), 1: one.listen()}
+    world = World({0: zero, 1: one}, {0: zero.listen(), 1: one.listen()})
     poll, answered = one._mesh._poll, []
 
     def interrupted_poll(calls: Any, *rest: Any) -> Any:
         if not answered and any(call._sent for call in calls):
-            answered.append(zero.connect(peers, 10.0))
+            answered.append(zero.connect(world.addresses, 10.0))
             switch.on()
         return poll(calls, *rest)
 
     monkeypatch.setattr(one._mesh, "_poll", interrupted_poll)
-    assert one.connect(peers, 10.0) == Interrupted()
-    assert zero.connect({0: peers[0]}, 10.0) is None
+    assert one.connect(world.addresses, 10.0) == Interrupted()
+    assert answered == [None]
     switch.off()
-    world = World({0: zero, 1: one}, peers)
-    assert run_ranks({0: lambda: zero.connect(peers, 5.0), 1: lambda: one.connect(peers, 5.0)}) == {0: None, 1: None}
-    check_layer(world, epoch=3)
+    yield world
     world.close()
+
+
+def test_an_interrupt_between_a_call_and_its_answer_parts_nobody(parted: World) -> None:
+    """Rank 0 is done with the next epoch's connect, too, before rank 1 begins with it."""
+    zero, one = parted.dispatchers[0], parted.dispatchers[1]
+    assert zero.connect(parted.addresses, 10.0) is None
+    assert one.connect(parted.addresses, 1.0) is None
+    check_layer(parted, epoch=2)
+
+
+def test_an_old_answer_of_a_peer_that_has_hung_up_is_no_channel(parted: World) -> None:
+    """Rank 0 has done without rank 1 since, and wants it again."""
+    zero, one = parted.dispatchers[0], parted.dispatchers[1]
+    assert zero.connect({0: parted.addresses[0]}, 10.0) is None
+    assert run_ranks({0: lambda: zero.connect(parted.addresses, 5.0), 1: lambda: one.connect(parted.addresses, 5.0)}) == {0: None, 1: None}
+    check_layer(parted, epoch=3)
 
 
 def test_a_call_that_was_interrupted_ends_with_the_peer_that_it_was_for(folder: Path, switch: Switch) -> None:
