@@ -48,7 +48,7 @@ def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step
         host_backup_fd=place.host_backup_fd,
         fill_bytes_per_s=config.rebalance_bytes_per_s or (RankConfig.fill_bytes_per_s if config.device == "cpu" else GPU_FILL_BYTES_PER_S),
         scrub_bytes_per_s=config.scrub_bytes_per_s,
-        reads_peer_memory=config.peer_reads == "memory",
+        reads_peer_memory=config.peer_reads == "memory" and config.device == "cpu" and config.remote is None,
     )
     engine = {
         "checkpoint_dir": str(config.checkpoint),
