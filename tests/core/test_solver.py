@@ -117,6 +117,31 @@ def test_first_placement(case):
         assert plan.shortfall == 0
 
 
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+@pytest.mark.parametrize("sizes", [(58, 256, 288, 32), (24, 128, 172, 4), (3, 256, 344, 4)])
+def test_lost_experts_are_shared_out_also_soon_after_a_rejoin(sizes, sigma):
+    """Each rank reads its own and the last to be done is waited for. A rank that came back shares what it holds with others, so its load is
+    the least and it could be given nearly all."""
+    num_layers, num_experts, num_slots, num_ranks = sizes
+    rng = np.random.default_rng(3)
+    load, topology = rng.lognormal(0, sigma, (num_layers, num_experts)), Topology.uniform(num_ranks, num_slots)
+    active = np.ones(num_ranks, dtype=int)
+    plan = solve_placement(load, topology, active)
+    for rank in (1, 2, 3):
+        active[rank] = 0
+        before = np.where(topology.live_slot_mask(active), plan.placement.physical_to_logical_map, -1)
+        plan = solve_placement(load, topology, active, plan.placement, max_moves=0)
+        given_to = np.bincount(topology.rank_of_slot[[move.slot for move in plan.moves]], minlength=num_ranks)
+        assert len(plan.lost) == given_to.sum() > 0
+        replicas = [np.bincount(row[row >= 0], minlength=num_experts) for row in before]
+        can_give = [slot for row, count in zip(before, replicas, strict=True) for slot in np.flatnonzero(row >= 0) if count[row[slot]] > 1]
+        room = np.bincount(topology.rank_of_slot[can_give], minlength=num_ranks)
+        least = next(most for most in range(len(plan.lost) + 1) if np.minimum(room, most).sum() >= len(plan.lost))
+        assert given_to.max() <= np.ceil(9 / 8 * least)
+        active[rank] = 1
+        plan = solve_placement(load, topology, active, plan.placement)
+
+
 @FEW
 @given(cases(), st.data())
 def test_repair_from_anything(case, data):

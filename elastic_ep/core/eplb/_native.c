@@ -59,6 +59,7 @@ static size_t lay_out_saved(Saved *v, const Layer *s, char *base) {
     v->place = carve(&at, s->num_slots, sizeof(i32));
     v->reference = carve(&at, s->num_slots, sizeof(i32));
     v->spare = carve(&at, s->num_experts, sizeof(i32));
+    v->covered = carve(&at, s->num_ranks, sizeof(i64));
     v->covers = carve(&at, s->num_slots, 1);
     return (size_t)(at - base);
 }

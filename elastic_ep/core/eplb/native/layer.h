@@ -54,7 +54,7 @@ typedef struct {
     double *share, *more, *less;              /* [E] load of one replica now, with one replica more, with one fewer */
     i32 *origin, *reference;                  /* [P] what slots held; what they hold once lost experts are covered */
     u8 *covers;                               /* [P] slots that cover a lost expert */
-    i64 *covered;                             /* [R] lost experts that each rank was given so far, in all layers */
+    i64 *covered, cover_share;                /* [R] lost experts that each rank was given so far, in all layers, and may be */
     i32 *spare;                               /* [E] slots of origin that cover nothing */
 
     double *key;                              /* [E] */

@@ -124,7 +124,7 @@ static void offer_recovering(Layer *s, Step *best, i64 m, double target, double 
         if (lm - mine <= floor) continue;
         for (i64 i = 0; i < s->num_live; i++) {
             i64 j = s->live[i];
-            if (s->on[e * R + j]) continue;
+            if (s->on[e * R + j] || s->covered[j] >= s->cover_share) continue;
             for (i64 b = s->first[j]; b < s->last[j]; b++) {
                 i64 vb = s->place[b];
                 if (vb == FREE || vb == v || s->covers[b] || vb != s->origin[b] || s->spare[vb] <= 1) continue;
@@ -160,6 +160,7 @@ static void apply(Layer *s, const Step *step) {
         s->covers[a] = 0; s->covers[b] = 1;
         s->reference[a] = s->origin[a]; s->reference[b] = (i32)ea;
         s->spare[step->x]++; s->spare[vb]--;
+        s->covered[s->rank_of_slot[a]]--; s->covered[s->rank_of_slot[b]]++;
         break;
     }
     }

@@ -23,18 +23,19 @@ static i64 list_lost(Layer *s) {
 }
 
 /* Where a lost expert raises the peak least, among equals on the rank that was given fewest so far: in an empty slot before others,
- * and in that of an expert with a replica to spare before the rest. -1: nowhere, which cannot be with a slot for every expert. */
+ * in that of an expert with a replica to spare before the rest, and on a rank that was not given its share yet before the others. -1:
+ * nowhere, which cannot be with a slot for every expert. */
 static i64 find_cover(Layer *s, i64 e) {
-    i64 best = -1, grade_best = 3, taken_best = 0;
+    i64 best = -1, grade_best = 6, taken_best = 0;
     double top = INFINITY;
     for (i64 i = 0; i < s->num_live; i++) {
-        i64 r = s->live[i], taken = s->covered[r];
+        i64 r = s->live[i], taken = s->covered[r], is_full = taken >= s->cover_share;
         for (i64 t = s->first[r]; t < s->last[r]; t++) {
-            i64 v = s->place[t], grade = 0;
+            i64 v = s->place[t], grade = is_full;
             double peak = s->load[r] + s->weight[e];
             if (v != FREE) {
                 if (s->count[v] == 1 || s->spare[v] <= 1 || s->covers[t]) continue;
-                grade = may_drop(s, v, r) ? 1 : 2;
+                grade += may_drop(s, v, r) ? 2 : 4;
                 if (grade > grade_best) continue;
                 double other = peak_without(s, t);
                 peak -= s->share[v];
@@ -51,9 +52,46 @@ static i64 find_cover(Layer *s, i64 e) {
     return best;
 }
 
+/* Cover one of a rank's lost experts where the other replica of what gave way to it is, which comes back instead: on the rank that was
+ * given fewest, two fewer at least, then where it raises the peak least. Returns whether that could be done. */
+static int pass_on(Layer *s, i64 rank) {
+    i64 slot = -1, there = -1, fewest = 0;
+    double top = 0.0;
+    for (i64 t = s->first[rank]; t < s->last[rank]; t++) {
+        i64 v = s->origin[t];
+        if (!s->covers[t] || v == FREE || s->on[v * s->num_ranks + rank]) continue;
+        double step = s->share[s->place[t]] - s->share[v];
+        for (i32 b = s->head[v]; b >= 0; b = s->next[b]) {
+            i64 r = s->rank_of_slot[b], given = s->covered[r];
+            if (given + 2 > s->covered[rank] || s->covers[b] || !may_shift(s, v, r, rank)) continue;
+            double x = s->load[rank] - step, y = s->load[r] + step, peak = x > y ? x : y;
+            if (slot >= 0) {
+                if (given != fewest) {
+                    if (given > fewest) continue;
+                } else if (peak != top) {
+                    if (peak > top) continue;
+                } else if (t != slot || b > there)
+                    continue;
+            }
+            slot = t; there = b; fewest = given; top = peak;
+        }
+    }
+    if (slot < 0) return 0;
+    exchange(s, slot, there);
+    s->covers[slot] = 0; s->covers[there] = 1;
+    s->reference[slot] = s->origin[slot]; s->reference[there] = s->place[there];
+    s->covered[rank]--; s->covered[s->rank_of_slot[there]]++;
+    return 1;
+}
+
+/* A rank may be given so much more than an equal share of the lost experts: room to level the load. Mirrors MARGIN_PART. */
+#define MARGIN_PART 8
+
 /* Give every expert that no slot holds one. Returns 0, or -1 where that fails. */
 static int cover(Layer *s) {
-    i64 lost = list_lost(s);
+    i64 lost = list_lost(s), given = lost;
+    for (i64 i = 0; i < s->num_live; i++) given += s->covered[s->live[i]];
+    s->cover_share = (given + given / MARGIN_PART + s->num_live - 1) / s->num_live; /* who reads most is waited for */
     for (i64 i = 0; i < lost; i++) {
         i64 e = s->list[i], slot = find_cover(s, e);
         if (slot < 0) return -1;
@@ -66,6 +104,8 @@ static int cover(Layer *s) {
         s->covered[s->rank_of_slot[slot]]++;
         s->reference[slot] = (i32)e;
     }
+    for (i64 i = 0; i < s->num_live; i++)
+        while (s->covered[s->live[i]] > s->cover_share && pass_on(s, s->live[i])) {}
     return 0;
 }
 

@@ -35,6 +35,7 @@ typedef struct {
 
 typedef struct {
     i32 *place, *reference, *spare;
+    i64 *covered;
     u8 *covers;
 } Saved;
 
@@ -43,6 +44,7 @@ static void save(const Layer *s, Saved *v) {
     memcpy(v->place, s->place, sizeof(i32) * P);
     memcpy(v->reference, s->reference, sizeof(i32) * P);
     memcpy(v->spare, s->spare, sizeof(i32) * (size_t)s->num_experts);
+    memcpy(v->covered, s->covered, sizeof(i64) * (size_t)s->num_ranks);
     memcpy(v->covers, s->covers, P);
 }
 
@@ -51,6 +53,7 @@ static void restore(Layer *s, const Saved *v) {
     take_row(s, v->place);
     memcpy(s->reference, v->reference, sizeof(i32) * P);
     memcpy(s->spare, v->spare, sizeof(i32) * (size_t)s->num_experts);
+    memcpy(s->covered, v->covered, sizeof(i64) * (size_t)s->num_ranks);
     memcpy(s->covers, v->covers, P);
 }
 

@@ -40,6 +40,7 @@ class Layer:
         load: of each rank; share, more, less: load of one replica of each expert now, with one replica more, with one fewer.
         origin, reference: what slots held; what they hold once lost experts are covered.
         covers: slots that cover a lost expert; spare: per expert, slots of origin that cover nothing.
+        covered: as in `World`; cover_share: how many of them a rank may be given.
     """
 
     def __init__(self, world: World, weight: Sequence[float]) -> None:
@@ -61,6 +62,7 @@ class Layer:
         self.reference = [FREE] * self.num_slots
         self.covers = [False] * self.num_slots
         self.spare = [0] * self.num_experts
+        self.cover_share = 0
         self.reset()
 
     # ---- state

@@ -136,7 +136,7 @@ class Refiner:
             if self.top - mine <= self.floor:
                 continue
             for rank in layer.live:
-                if rank in layer.hosts[expert] or not layer.may_shift(expert, peak, rank):
+                if rank in layer.hosts[expert] or layer.covered[rank] >= layer.cover_share or not layer.may_shift(expert, peak, rank):
                     continue
                 for b in layer.slots[rank]:
                     victim = layer.place[b]
@@ -170,6 +170,8 @@ class Refiner:
             layer.reference[a], layer.reference[b] = layer.origin[a], mine
             layer.spare[x] += 1
             layer.spare[victim] -= 1
+            layer.covered[layer.rank_of_slot[a]] -= 1
+            layer.covered[layer.rank_of_slot[b]] += 1
 
 
 def refine(layer: Layer, target: float, budget: int, floor: float, counted: bool, trace: Trace | None = None) -> int:

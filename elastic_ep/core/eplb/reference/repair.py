@@ -6,15 +6,22 @@ from typing import NamedTuple
 
 from elastic_ep.core.eplb.reference.layer import FREE, Layer, descending
 
+MARGIN_PART = 8
+"""A rank may be given a share of the lost experts that is larger by this part than an equal one: room to level the load."""
+
 
 def cover(layer: Layer) -> int:
     """Give every expert that no slot holds one, heaviest first, where it raises the peak least, and among equals on the rank that was
-    given fewest in this and earlier layers, as each reads its own. Empty slots come before others, and those of experts that have a
-    replica to spare before the rest. Returns the moves made."""
+    given fewest. Each rank reads its own, and the last to be done is waited for: one that was given its share of this and earlier layers
+    comes after the others. Empty slots come before others, and those of experts that have a replica to spare before the rest. Returns
+    the moves made."""
     lost = [e for e in descending(layer.weight) if not layer.hosts[e]]
+    given = sum(layer.covered[rank] for rank in layer.live) + len(lost)
+    layer.cover_share = -(-(given + given // MARGIN_PART) // len(layer.live))
     for expert in lost:
-        best: tuple[int, float, int, int] | None = None
+        best: tuple[int, bool, float, int, int] | None = None
         for rank in layer.live:
+            covered = layer.covered[rank]
             for slot in layer.slots[rank]:
                 victim, grade, peak = layer.place[slot], 0, layer.load[rank] + layer.weight[expert]
                 if victim != FREE:
@@ -22,10 +29,11 @@ def cover(layer: Layer) -> int:
                         continue
                     grade = 1 if layer.may_drop(victim, rank) else 2
                     peak = max(peak - layer.share[victim], layer.peak_without(slot))
-                if best is None or (grade, peak, layer.covered[rank]) < best[:3]:
-                    best = (grade, peak, layer.covered[rank], slot)
+                option = (grade, covered >= layer.cover_share, peak, covered, slot)
+                if best is None or option[:4] < best[:4]:
+                    best = option
         assert best is not None, "a lost expert has nowhere to go, which cannot be with a slot for every expert"
-        slot = best[3]
+        slot = best[4]
         layer.covered[layer.rank_of_slot[slot]] += 1
         if layer.place[slot] != FREE:
             layer.spare[layer.place[slot]] -= 1
@@ -33,7 +41,36 @@ def cover(layer: Layer) -> int:
         layer.fill(slot, expert)
         layer.covers[slot] = True
         layer.reference[slot] = expert
+    for rank in layer.live:
+        while layer.covered[rank] > layer.cover_share and _pass_on(layer, rank):
+            pass
     return len(lost)
+
+
+def _pass_on(layer: Layer, rank: int) -> bool:
+    """Cover one of a rank's lost experts where the other replica of what gave way to it is, which comes back instead: on the rank that was
+    given fewest, two fewer at least, then where it raises the peak least. False where that cannot be done."""
+    best: tuple[int, float, int, int] | None = None
+    for slot in layer.slots[rank]:
+        back = layer.origin[slot]
+        if not layer.covers[slot] or back == FREE or rank in layer.hosts[back]:
+            continue
+        step = layer.share[layer.place[slot]] - layer.share[back]
+        for other, there in layer.hosts[back].items():
+            if layer.covered[other] + 2 > layer.covered[rank] or layer.covers[there] or not layer.may_shift(back, other, rank):
+                continue
+            option = (layer.covered[other], max(layer.load[rank] - step, layer.load[other] + step), slot, there)
+            if best is None or option < best:
+                best = option
+    if best is None:
+        return False
+    slot, there = best[2:]
+    layer.exchange(slot, there)
+    layer.covers[slot], layer.covers[there] = False, True
+    layer.reference[slot], layer.reference[there] = layer.origin[slot], layer.place[there]
+    layer.covered[rank] -= 1
+    layer.covered[layer.rank_of_slot[there]] += 1
+    return True
 
 
 class Option(NamedTuple):

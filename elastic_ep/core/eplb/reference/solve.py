@@ -69,11 +69,12 @@ class Saved:
 
     def __init__(self, layer: Layer) -> None:
         self.place, self.reference = list(layer.place), list(layer.reference)
-        self.spare, self.covers = list(layer.spare), list(layer.covers)
+        self.spare, self.covers, self.covered = list(layer.spare), list(layer.covers), list(layer.covered)
 
     def restore(self, layer: Layer) -> None:
         layer.take_row(self.place)
         layer.reference, layer.spare, layer.covers = list(self.reference), list(self.spare), list(self.covers)
+        layer.covered[:] = self.covered
 
 
 class Draws:
