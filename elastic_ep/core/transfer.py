@@ -187,25 +187,40 @@ def _options(
 
 
 class _Layer:
-    """One layer on its way: what each rank holds, in which slot, and what it still wants."""
+    """One layer on its way: what each rank holds, in which slot, and what it still wants.
 
-    def __init__(self, held: NDArray[np.int64], wanted: NDArray[np.int64], rank_of_slot: NDArray[np.int64]) -> None:
-        self.held, self.wanted = held.tolist(), wanted.tolist()
-        ranks = rank_of_slot.tolist()
-        self.slots: dict[int, list[int]] = {}
-        self.keeps: dict[int, set[int]] = {}
-        self.homes: dict[int, list[int]] = {}
-        self.count = Counter(self.held)
-        for slot, rank in enumerate(ranks):
-            self.slots.setdefault(rank, []).append(slot)
-            if self.wanted[slot] != EMPTY:
-                self.keeps.setdefault(rank, set()).add(self.wanted[slot])
-                homes = self.homes.setdefault(self.wanted[slot], [])
-                if rank not in homes:
-                    homes.append(rank)
+    Attributes:
+        held, wanted: expert of each slot; rank_of_slot, slots: the rank of each, and those of each rank.
+        count, found: of each expert, how many slots hold it, and how many of each rank; places: which they are.
+        keeps: what each rank is to hold; homes: the ranks that are to hold each expert.
+    """
+
+    def __init__(self, held: list[int], wanted: list[int], rank_of_slot: list[int], slots: dict[int, list[int]]) -> None:
+        self.held, self.wanted, self.rank_of_slot, self.slots = held, wanted, rank_of_slot, slots
+        self.count = Counter(held)
+        self.found = Counter(zip(rank_of_slot, held, strict=True))
+        self.places: dict[int, set[int]] = {expert: set() for expert in self.count}
+        self.keeps: dict[int, set[int]] = {rank: set() for rank in slots}
+        self.homes: dict[int, list[int]] = {expert: [] for expert in wanted if expert != EMPTY}
+        for slot, (rank, mine, meant) in enumerate(zip(rank_of_slot, held, wanted, strict=True)):
+            self.places[mine].add(slot)
+            if meant != EMPTY and meant not in self.keeps[rank]:
+                self.keeps[rank].add(meant)
+                self.homes[meant].append(rank)
 
     def has(self, rank: int, expert: int) -> bool:
-        return any(self.held[s] == expert for s in self.slots[rank])
+        return self.found[rank, expert] > 0
+
+    def install(self, slot: int, expert: int) -> None:
+        """A slot holds another expert now."""
+        before, rank = self.held[slot], self.rank_of_slot[slot]
+        self.count[before] -= 1
+        self.found[rank, before] -= 1
+        self.places[before].discard(slot)
+        self.held[slot] = expert
+        self.count[expert] += 1
+        self.found[rank, expert] += 1
+        self.places.setdefault(expert, set()).add(slot)
 
     def missing(self) -> list[tuple[int, int]]:
         """(expert, rank) that is still to be brought."""
@@ -220,19 +235,24 @@ class _Layer:
         options = []
         for slot in self.slots[rank]:
             mine = self.held[slot]
-            if slot in used or (mine in self.keeps[rank] and sum(self.held[s] == mine and s not in used for s in self.slots[rank]) == 1):
+            if slot in used or (mine in self.keeps[rank] and self._is_last(rank, mine, used)):
                 continue
             is_free = mine not in self.homes or self.count[mine] - lent[mine] > 1
             if is_free or not free_only:
                 options.append((not is_free, self.wanted[slot] != expert, slot))
         return min(options)[2] if options else None
 
+    def _is_last(self, rank: int, expert: int, used: set[int]) -> bool:
+        """Whether just one slot of ``rank`` that is not ``used`` holds ``expert``; one does."""
+        return self.found[rank, expert] == 1 or sum(self.rank_of_slot[s] == rank and s not in used for s in self.places[expert]) == 1
+
 
 @dataclass
 class _Draft:
-    """Writes of one round: (layer, slot) -> (expert, rank)."""
+    """Writes of one round: (layer, slot) -> (expert, rank); brought: (layer, expert, rank) of each."""
 
     writes: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    brought: set[tuple[int, int, int]] = field(default_factory=set)
     incoming: Counter[int] = field(default_factory=Counter)
     lent: dict[int, Counter[int]] = field(default_factory=dict)
 
@@ -249,8 +269,11 @@ class _Planner:
         expert_bytes: int,
         staging_slots: int,
     ) -> None:
-        self.layers = [_Layer(h, w, topology.rank_of_slot) for h, w in np.stack((held, wanted), axis=1)]
         self.rank_of_slot = topology.rank_of_slot.tolist()
+        slots: dict[int, list[int]] = {}
+        for slot, rank in enumerate(self.rank_of_slot):
+            slots.setdefault(rank, []).append(slot)
+        self.layers = [_Layer(h, w, self.rank_of_slot, slots) for h, w in zip(held.tolist(), wanted.tolist(), strict=True)]
         self.node, self.backups, self.speeds = node, backups, speeds
         self.expert_bytes, self.staging_slots = expert_bytes, staging_slots
         self.links = LinkLoads(speeds, node)
@@ -306,7 +329,7 @@ class _Planner:
     def _chain(self, draft: _Draft, index: int, expert: int, rank: int, used: set[int]) -> None:
         """Bring an expert to a rank, what it displaces to where that belongs, and so on, until a slot is free or the chain meets itself."""
         layer, lent = self.layers[index], draft.lent.setdefault(index, Counter())
-        if any(draft.writes.get((index, s)) == (expert, rank) for s in layer.slots[rank]):
+        if (index, expert, rank) in draft.brought:
             return
         path: list[tuple[int, int, int]] = []  # (slot, expert, rank)
         while True:
@@ -335,6 +358,7 @@ class _Planner:
         draft.lent[index][layer.held[slot]] += 1
         draft.lent[index][expert] -= 1
         draft.writes[index, slot] = (expert, rank)
+        draft.brought.add((index, expert, rank))
         draft.incoming[rank] += 1
         used.add(slot)
 
@@ -347,16 +371,13 @@ class _Planner:
             copies.append(Copy(layer, slot, expert, rank, source))
             self.bytes_by_kind[source.kind] += self.expert_bytes
         for copy in copies:
-            state = self.layers[copy.layer]
-            state.count[state.held[copy.slot]] -= 1
-            state.held[copy.slot] = copy.expert
-            state.count[copy.expert] += 1
+            self.layers[copy.layer].install(copy.slot, copy.expert)
         for link, num_bytes in links.num_bytes.items():
             self.links.num_bytes[link] += num_bytes
         return Round(tuple(copies), in_place=in_place, seconds=max(links.seconds().values(), default=0.0))
 
     def _sources(self, layer: int, expert: int, rank: int) -> list[Source]:
-        holders = [(self.rank_of_slot[s], s) for s, e in enumerate(self.layers[layer].held) if e == expert]
+        holders = [(self.rank_of_slot[s], s) for s in sorted(self.layers[layer].places.get(expert, ()))]
         return _options(self.node, rank, holders, self.backups.get(self.node[rank]), layer, expert)
 
     def _permute(self) -> list[LocalMove]:
