@@ -18,6 +18,7 @@ from elastic_ep.runtime.upkeep import IDLE_S, Upkeep
 from elastic_ep.runtime.weights.base import Loaded, digest_of, read_verified
 from elastic_ep.runtime.weights.digest import Read
 from elastic_ep.runtime.weights.host import HostBackup
+from elastic_ep.runtime.weights.pages import _COLLAPSE, HUGE_PAGE, SharedPages, _libc
 from elastic_ep.runtime.weights.peer import PeerServer
 from elastic_ep.runtime.weights.peer_memory import MemoryAccess, allow_reading
 from elastic_ep.runtime.weights.sources import Peers, Sources
@@ -318,6 +319,34 @@ def test_two_processes_share_one_backup(backup):
         read([other], 0, 0)
     with pytest.raises(InvalidInputError, match="belongs to another model"):
         HostBackup(backup._fd, LAYERS, EXPERTS, BYTES + 64)
+
+
+def test_a_backup_lies_in_huge_pages_as_far_as_the_system_gives_them():
+    """Whatever it gives: they may be turned off, and a file of memory has them by request alone."""
+    num_bytes = 3 * HUGE_PAGE + 4096  # so that experts share a page
+    fd = HostBackup.create(1, 3, num_bytes)
+    first, second = HostBackup(fd, 1, 3, num_bytes), HostBackup(fd, 1, 3, num_bytes)
+    contents = [torch.randint(0, 256, (num_bytes,), dtype=torch.uint8) for _ in range(3)]
+    for writer, index in ((first, 1), (second, 0), (second, 2)):
+        writer.write(0, index, contents[index], 7)
+    for reader in (first, second, HostBackup(fd, 1, 3, num_bytes)):
+        for index in range(3):
+            slot = torch.zeros(num_bytes, dtype=torch.uint8)
+            assert reader.read(0, index, slot).digest == digest_of(contents[index])
+            assert slot.equal(contents[index])
+        assert reader.view(0, 0).ctypes.data % HUGE_PAGE == 0
+    before = _huge_bytes()
+    probe = SharedPages(fd, 2 * HUGE_PAGE)
+    probe.make_huge(0, 1)
+    is_given = _libc().madvise(probe.memory.ctypes.data, HUGE_PAGE, _COLLAPSE) == 0
+    assert not is_given or before >= 10 * HUGE_PAGE, "each of two writers has those that it wrote, a third reader had all"
+    os.close(fd)
+
+
+def _huge_bytes() -> int:
+    """Of this process' mappings of files of memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("ShmemPmdMapped:"))
 
 
 def test_a_backup_that_the_host_cannot_hold_is_refused():

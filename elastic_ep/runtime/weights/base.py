@@ -20,8 +20,7 @@ import xxhash
 from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.weights.digest import Read, copy
 from elastic_ep.runtime.weights.layout import part_offsets
-
-_HUGE_PAGE = 2 << 20
+from elastic_ep.runtime.weights.pages import HUGE_PAGE
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,12 @@ def read_verified(sources: Sequence[ExpertSource], layer: int, expert: int, slot
 def zeroed(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes] of zeros, page-aligned, in huge pages where the system gives them: filling ordinary pages for the first time
     takes ten times as long as writing them. The system gives each page when it is first written, not before."""
-    huge_bytes = num_bytes // _HUGE_PAGE * _HUGE_PAGE
+    huge_bytes = num_bytes // HUGE_PAGE * HUGE_PAGE
     if not huge_bytes:
         return torch.frombuffer(_private(max(1, num_bytes)), dtype=torch.uint8)[:num_bytes]
-    pages = _private(num_bytes + _HUGE_PAGE)  # what is skipped to begin at a huge page is never written, so it costs nothing
+    pages = _private(num_bytes + HUGE_PAGE)  # what is skipped to begin at a huge page is never written, so it costs nothing
     memory = torch.frombuffer(pages, dtype=torch.uint8)
-    begin = -memory.data_ptr() % _HUGE_PAGE
+    begin = -memory.data_ptr() % HUGE_PAGE
     with contextlib.suppress(OSError):  # a system without them
         pages.madvise(mmap.MADV_HUGEPAGE, begin, huge_bytes)
     return memory[begin : begin + num_bytes]

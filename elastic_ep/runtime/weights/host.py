@@ -3,13 +3,13 @@
 The memory is a memfd: POSIX shared memory without a name. Whoever starts the host's ranks makes it and hands it down; the kernel frees
 it with the last process that has it, so nothing is left to clean up, also after `kill -9`, and no limit of /dev/shm applies.
 
-Layout: digest uint64 [L, E], ready uint8 [L, E], padding to a page, then the slots' bytes [L, E, slot_bytes]. A slot's bytes are written
-first, its digest next, its ready flag last; two ranks that write the same expert write the same bytes.
+Layout: digest uint64 [L, E], ready uint8 [L, E], padding to a huge page, then the slots' bytes [L, E, slot_bytes], in huge pages where the
+system gives them. A slot's bytes are written first, its digest next, its ready flag last; two ranks that write the same expert write the
+same bytes.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 from typing import TYPE_CHECKING
 
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from elastic_ep.core.errors import CheckpointError, InvalidInputError
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.weights.digest import Read, copy
+from elastic_ep.runtime.weights.pages import HUGE_PAGE, SharedPages, file_bytes
 
 if TYPE_CHECKING:
     import torch
 
-_PAGE = mmap.PAGESIZE
+_PAGE = 4096
 
 
 class HostBackup:
@@ -47,7 +48,9 @@ class HostBackup:
                 f"the host backup has {os.fstat(fd).st_size} bytes, {num_layers} layers x {num_experts} experts of {slot_bytes} bytes "
                 f"need {self.num_bytes}; it belongs to another model"
             )
-        memory = np.frombuffer(mmap.mmap(fd, self.num_bytes), dtype=np.uint8)
+        self._start = start
+        self._pages = SharedPages(fd, start + count * slot_bytes)
+        memory = self._pages.memory
         self._digests: NDArray[np.uint64] = memory[: count * 8].view(np.uint64).reshape(num_layers, num_experts)
         self._ready: NDArray[np.uint8] = memory[count * 8 : count * 9].reshape(num_layers, num_experts)
         self._slots: NDArray[np.uint8] = memory[start:].reshape(num_layers, num_experts, slot_bytes)
@@ -88,6 +91,8 @@ class HostBackup:
     def write(self, layer: int, expert: int, slot: torch.Tensor, digest: int) -> None:
         """Take a copy of verified bytes (uint8 [slot_bytes])."""
         self._faults.reach("backup_begin", layer=layer, expert=expert)
+        begin = self._start + (layer * self._ready.shape[1] + expert) * self._slot_bytes
+        self._pages.make_huge(begin, begin + self._slot_bytes)
         self._slots[layer, expert] = slot.numpy()
         self._digests[layer, expert] = digest
         self._faults.reach("backup_bytes", layer=layer, expert=expert)
@@ -103,9 +108,9 @@ class HostBackup:
 
 
 def _sizes(count: int, slot_bytes: int) -> tuple[int, int]:
-    """(bytes of the whole, where the slots begin)."""
-    start = -(-count * 9 // _PAGE) * _PAGE
-    return start + count * slot_bytes, start
+    """(bytes of the file, where the slots begin)."""
+    start = -(-count * 9 // HUGE_PAGE) * HUGE_PAGE
+    return file_bytes(start + count * slot_bytes), start
 
 
 def _available_bytes() -> int:
