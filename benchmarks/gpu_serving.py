@@ -107,20 +107,20 @@ def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[s
 
 
 def deaths(
-    folder: Path, spec: ModelSpec, ranks: int, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket"
+    folder: Path, spec: ModelSpec, ranks: int, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket", backup: str = "off"
 ) -> dict[str, Any]:
     """With a replica of every expert, or with just enough slots for all ranks but one to hold all (then lost ones come from the host)."""
     redundant = spec.num_experts if replicas else -(-spec.num_experts // (ranks - 1)) * ranks - spec.num_experts
-    more = [] if replicas else ["--host-backup", "experts"]
+    more = ["--host-backup", backup]
     began = time.monotonic()
     more = ["--ep-size", str(ranks), "--dispatch", dispatch, *more]
     with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
         started = time.monotonic() - began
         run(server, spec, tokens)
         expected, seconds = run(server, spec, tokens)
-        if not replicas:
+        if backup == "experts":
             server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
-            time.sleep(12.0)  # pages are registered with the driver after that
+            time.sleep(5.0)  # pages are registered with the driver after that
         survives, found = server.status()["survives"], []
         for number in range(kills):
             found.append(kill(server, spec, tokens, expected, (1 + number) % ranks))
@@ -262,11 +262,12 @@ def main() -> None:
         "one-fast": lambda: throughput(folder, spec, args.tokens, "--ep-size", "1", "--dispatch", "cuda", "--fast-math"),
         "graphs": lambda: throughput(folder, spec, args.tokens, *ranks, "--dispatch", "cuda"),
         "replicas-graphs": lambda: deaths(*kills, replicas=True, dispatch="cuda"),
-        "lost-graphs": lambda: deaths(*kills, replicas=False, dispatch="cuda"),
+        "lost-graphs": lambda: deaths(*kills, replicas=False, dispatch="cuda", backup="experts"),
         "random": lambda: random_kills(folder, spec, args.runs, args.seconds),
         "transformers": lambda: peer(folder, args.tokens),
         "replicas": lambda: deaths(*kills, replicas=True),
-        "lost": lambda: deaths(*kills, replicas=False),
+        "lost": lambda: deaths(*kills, replicas=False, backup="experts"),
+        "lost-files": lambda: deaths(*kills, replicas=False),
     }
     for part in args.parts.split(","):
         began = time.monotonic()

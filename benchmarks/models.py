@@ -42,6 +42,7 @@ class Engine:
     def __init__(self, folder: Path, dtype: str, fast_math: bool):
         spec = inspect_checkpoint(folder)
         self.engine = ElasticEngine(folder, 0, spec.num_experts, kv_tokens=40 * 256, dtype=dtype, fast_math=fast_math)
+        self.engine.make_slots()
         self.engine.load_dense()
         for layer in range(spec.num_layers):
             for expert in range(spec.num_experts):

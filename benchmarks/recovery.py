@@ -100,6 +100,7 @@ def _read_share(kind: str, checkpoint: str, share: int, readers: int, count: int
 
     torch.set_num_threads(1)
     engine = ElasticEngine(checkpoint, 0, 0, kv_tokens=64)
+    engine.make_slots()
     engine.load_dense()
     layers, experts, slot_bytes = engine.slots.shape
     places = [divmod(i, experts) for i in range(layers * experts)][share:count:readers]

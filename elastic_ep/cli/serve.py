@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--rebalance-bytes-per-second", type=float, default=0.0, metavar="BYTES", help=rate_help)
     backup_help = "keep a copy of all experts in this host's memory, so that lost ones need no disk; its size is logged at start"
     parser.add_argument("--host-backup", choices=["off", "experts"], default="off", help=backup_help)
-    staging_help = "what a rank may hold beside its slots while experts move in the background"
+    staging_help = "what a rank may hold beside its slots while experts move in the background; on a GPU it is taken at the start"
     parser.add_argument("--staging-bytes", type=int, default=1 << 30, metavar="BYTES", help=staging_help)
     scrub_help = "how fast a rank looks whether its slots still hold what was verified; 0: never"
     parser.add_argument("--scrub-bytes-per-second", type=float, default=32e6, metavar="BYTES", help=scrub_help)

@@ -30,7 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class ElasticEngine:
-    """One rank's model. Nothing is read before `load_dense`.
+    """One rank's model. Nothing is read before `make_slots`.
 
     Args:
         checkpoint_dir: a folder that `save_pretrained` wrote.
@@ -76,19 +76,24 @@ class ElasticEngine:
         self._count_experts = count_experts
         self._layers: list[LayerExperts] = []
 
-    def load_dense(self) -> None:
-        """Read all weights except routed experts, and check this processor's arithmetic. Raises CheckpointError, InvalidInputError."""
+    def make_slots(self) -> None:
+        """See `Engine`. Raises CheckpointError, InvalidInputError."""
         torch.set_num_threads(self._num_threads)
         self.spec: ModelSpec = inspect_checkpoint(self.directory)
-        spec, family = self.spec, self.spec.family
+        spec = self.spec
         self.dtype = _DTYPES[self._dtype_name or spec.dtype]
-        reader = TensorReader(spec.tensors)
+        self._reader = TensorReader(spec.tensors)
         self._model = build_model(spec, self.dtype)
-        self.dense_bytes = load_dense(self._model, spec, reader, self.dtype)
-        layout = SlotLayout(family.parts(spec.expert_shape), self.dtype)
-        modules = [experts_module(self._model, layer) for layer in spec.moe_layers]
-        attention = self._place(layout, CheckpointSource(reader, layout, self._pieces), bool(modules[0].is_transposed))
-        for i, module in enumerate(modules):
+        layout = SlotLayout(spec.family.parts(spec.expert_shape), self.dtype)
+        is_transposed = bool(experts_module(self._model, spec.moe_layers[0]).is_transposed)
+        self.slots = self._new_slots(layout, CheckpointSource(self._reader, layout, self._pieces), is_transposed)
+
+    def load_dense(self) -> None:
+        """Read all weights except routed experts, and check this processor's arithmetic. Raises CheckpointError, InvalidInputError."""
+        self.dense_bytes = load_dense(self._model, self.spec, self._reader, self.dtype)
+        attention = self._place()
+        for i, layer in enumerate(self.spec.moe_layers):
+            module = experts_module(self._model, layer)
             experts = self._layer_experts(i, module)
             module.elastic_experts = experts  # type: ignore[assignment]
             self._layers.append(experts)
@@ -100,11 +105,14 @@ class ElasticEngine:
         """See `Engine`. On a processor that is the memory of the slots."""
         self.slots.touch()
 
-    def _place(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Attention:
-        """Make slots and KV, and have the model's modules compute row by row. Returns the attention."""
+    def _new_slots(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> ExpertSlots:
+        spec = self.spec
+        return ExpertSlots(spec.num_layers, self._local_slots, spec.num_experts, layout, checkpoint, is_transposed, self._num_spare)
+
+    def _place(self) -> Attention:
+        """Make the KV cache, and have the model's modules compute row by row. Returns the attention."""
         spec, family = self.spec, self.spec.family
         self.kv = PagedKV(spec.config["num_hidden_layers"], family.kv_shape(spec.config), self._kv_tokens)
-        self.slots = ExpertSlots(spec.num_layers, self._local_slots, spec.num_experts, layout, checkpoint, is_transposed, self._num_spare)
         use_row_kernels(self._model, FastLinear if self.fast_math else RowLinear)
         self._row_multiple = row_multiple(family.elementwise_lengths(spec.config))
         self._attention = AttentionState(self.kv)
@@ -152,7 +160,7 @@ class ElasticEngine:
         if hasattr(self, "slots"):
             self.slots.close()
         self._layers = []
-        for name in ("_model", "slots", "kv", "_attention"):
+        for name in ("_model", "_reader", "slots", "kv", "_attention"):
             self.__dict__.pop(name, None)
 
     def _layer_experts(self, layer: int, module: torch.nn.Module) -> LayerExperts:

@@ -97,7 +97,11 @@ class Engine(Protocol):
 
     @property
     def slots(self) -> Slots:
-        """Of the routed experts; there once `load_dense` has returned."""
+        """Of the routed experts; there once `make_slots` has returned."""
+        ...
+
+    def make_slots(self) -> None:
+        """First of all, once: see what the checkpoint holds and have the slots, empty. Raises CheckpointError."""
         ...
 
     def load_dense(self) -> None:

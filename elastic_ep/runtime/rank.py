@@ -115,9 +115,10 @@ class Rank:
     def serve(self) -> int:
         """Load, then obey until told to stop. Returns the exit status."""
         started = time.monotonic()
+        self.engine.make_slots()
+        self._prepare_weights()  # what it begins in the background goes on beside the rest
         self.engine.load_dense()
         self.engine.prepare(self.dispatcher)
-        self._prepare_weights()
         self.faults.reach("dense_loaded")
         self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
         self.faults.reach("dense_told")

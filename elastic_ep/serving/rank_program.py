@@ -59,7 +59,7 @@ def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step
         "fast_math": config.fast_math,
     }
     if config.device == "cuda":
-        engine |= {"graph_tokens": config.max_batch_tokens, "max_sequences": config.max_sequences}
+        engine |= {"graph_tokens": config.max_batch_tokens, "max_sequences": config.max_sequences, "staging_bytes": config.staging_bytes}
     faults = config.faults.get(rank, []) if incarnation == 0 else []
     tests = {"faults": faults, "fault_file": config.fault_file}
     is_integrated = config.dispatch in INTEGRATED

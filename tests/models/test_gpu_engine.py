@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +20,15 @@ from elastic_ep.core.placement import ExpertPlacement
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.core.topology import Topology
 from elastic_ep.runtime.engine import SlotLoad
-from elastic_ep.runtime.weights.base import digest_of
+from elastic_ep.runtime.weights.base import LocalSource, digest_of
 from elastic_ep.runtime.weights.host import HostBackup
 from tests.checkpoints import FAMILIES
 from tests.models.gpu_world import GpuWorld, needs_gpu
 from tests.models.world import World
 
 pytestmark = needs_gpu
+SLEEP_CYCLES = 200_000_000
+"""about a tenth of a second"""
 TOKENS = [(7 * i) % 160 for i in range(90)]
 CUTS = [1, 2, 30, 31, 64, 65, 80, 90]
 
@@ -94,6 +99,61 @@ def test_slots_are_loaded_staged_and_adopted(checkpoint: Callable[..., Path]) ->
     assert slots.adopt(SlotLoad(0, 5, 2)) == staged.digest == world.digests[0, 2]
     assert torch.equal(slots.slot_bytes(0, 5), first)
     assert slots.bytes_of(0, 5) is None
+    torch.cuda._sleep(SLEEP_CYCLES)  # a step that runs all the while
+    for slot in (6, 7):  # more at once than there are buffers
+        slots.stage(SlotLoad(0, slot, 1))
+    for slot in (6, 7):
+        assert slots.adopt(SlotLoad(0, slot, 1)) == world.digests[0, 1]
+    slots.stage(SlotLoad(0, 3, 4))  # in a buffer that is to be copied from first
+    assert [digest_of(slots.slot_bytes(0, slot)) for slot in (6, 7, 3)] == [world.digests[0, expert] for expert in (1, 1, 3)]
+
+
+def test_several_threads_fill_slots_at_a_time(checkpoint: Callable[..., Path]) -> None:
+    world = GpuWorld(checkpoint("qwen3_moe", "bfloat16"))
+    slots = world.engine.slots
+    num_layers, num_experts, _ = slots.shape
+    with ThreadPoolExecutor(slots.readers) as threads:
+        loads = [SlotLoad(layer, slot, (slot + 3) % num_experts) for layer in range(num_layers) for slot in range(num_experts)]
+        loaded = list(threads.map(slots.load, loads))
+    assert [one.digest for one in loaded] == [world.digests[load.layer, load.expert] for load in loads]
+    table = slots.tables()[:, :num_experts].cpu()
+    assert table.tolist() == [[(expert - 3) % num_experts for expert in range(num_experts)]] * num_layers
+    assert [digest_of(slots.slot_bytes(load.layer, load.local_slot)) for load in loads] == [one.digest for one in loaded]
+
+
+_SECOND_DEVICE_PROGRAM = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import torch
+from elastic_ep.models.gpu.engine import DeviceEngine
+from elastic_ep.runtime.engine import SlotLoad
+from elastic_ep.runtime.weights.host import HostBackup
+engine = DeviceEngine(Path(sys.argv[1]), 1, 8, kv_tokens=64, device=1)
+engine.make_slots()
+slots, shape = engine.slots, engine.slots.shape
+loads = [SlotLoad(layer, slot, slot) for layer in range(shape[0]) for slot in range(shape[1])]
+with ThreadPoolExecutor(slots.readers) as threads:
+    digests = [loaded.digest for loaded in threads.map(slots.load, loads)]
+backup = HostBackup(HostBackup.create(*shape), *shape)
+for load, digest in zip(loads, digests):
+    backup.write(load.layer, load.expert, slots.bytes_of(load.layer, load.expert), digest)
+slots.backup = backup
+assert slots._mapped.wait_mapped(60.0)
+with ThreadPoolExecutor(slots.readers) as threads:
+    again = list(threads.map(lambda load: slots.load(load, (backup,), None), loads))
+    list(threads.map(lambda load: slots.stage(load, (backup,), None), loads[:4]))
+assert [loaded.digest for loaded in again] == digests
+assert {loaded.kind for loaded in again} == {"host"}
+assert not torch._C._cuda_hasPrimaryContext(0), "it has memory on a GPU that is another rank's"
+engine.close()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
+def test_threads_that_read_use_their_ranks_gpu_alone(page_checkpoint: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _SECOND_DEVICE_PROGRAM, str(page_checkpoint)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 class TestMappedBackup:
@@ -130,6 +190,39 @@ class TestMappedBackup:
         with pytest.raises(CheckpointError, match="host backup"):
             world.engine.slots.load(SlotLoad(1, 0, 3), (backup,), world.digests[1, 3])
         world.engine.slots.backup = None
+
+    def test_what_is_staged_for_an_empty_slot_lies_in_it(self, page_checkpoint: Path) -> None:
+        world, backup = self.world_and_backup(page_checkpoint)
+        slots, wanted = world.engine.slots, world.digests[0, 5]
+        sources = (backup, slots.checkpoint)
+
+        def empty() -> None:
+            with pytest.raises(CheckpointError):
+                slots.load(SlotLoad(0, 3, 5), (backup,), wanted ^ 1)
+            assert digest_of(slots.slot_bytes(0, 3)) == wanted, "what was read, though refused"
+
+        empty()
+        assert slots.bytes_of(0, 3) is None
+        assert slots.stage(SlotLoad(0, 3, 5), sources, wanted).digest == wanted
+        assert digest_of(slots.slot_bytes(0, 3)) == wanted
+        assert slots.adopt(SlotLoad(0, 3, 5)) == wanted
+        slots.stage(SlotLoad(0, 3, 1), sources, world.digests[0, 1])
+        assert digest_of(slots.slot_bytes(0, 3)) == wanted, "a slot that holds something is staged beside"
+        empty()
+        slots.stage(SlotLoad(0, 3, 5), sources, wanted)
+        slots.load(SlotLoad(0, 3, 1), sources, world.digests[0, 1])
+        assert slots.adopt(SlotLoad(0, 3, 5)) is None, "the slot was filled with another meanwhile"
+        local = (LocalSource(slots.bytes_of), slots.checkpoint)
+        assert slots.stage(SlotLoad(0, 2, 6), local, world.digests[0, 6])[:2] == (world.digests[0, 6], "local")
+        assert slots.adopt(SlotLoad(0, 2, 6)) == world.digests[0, 6]
+        assert digest_of(slots.slot_bytes(0, 2)) == world.digests[0, 6]
+        slots.memory[0][7][5] += 1
+        torch.cuda.synchronize()
+        passed_over = slots.stage(SlotLoad(0, 4, 7), local, world.digests[0, 7])
+        assert passed_over.kind == "checkpoint"
+        assert "in another slot" in passed_over.errors[0]
+        assert digest_of(slots.slot_bytes(0, 3)) == world.digests[0, 1]
+        slots.backup = None
 
 
 @pytest.fixture(scope="session")

@@ -220,6 +220,7 @@ for folder in folders:
     if child == 0:
         before = kib("VmHWM")
         engine = ElasticEngine(folder, 0, 8, kv_tokens=1 << 20)
+        engine.make_slots()
         engine.load_dense()
         for layer in range(engine.spec.num_layers):
             for slot in range(8):

@@ -47,6 +47,7 @@ class World:
         spec = inspect_checkpoint(folder)
         held = np.tile(np.arange(spec.num_experts), (spec.num_layers, 1)) if slots is None else np.array(slots)
         self.engine = self.make_engine(folder, 0, held.shape[1], **({"kv_tokens": 16384} | options))
+        self.engine.make_slots()
         self.engine.load_dense()
         self.digests = {}
         for layer, row in enumerate(held):

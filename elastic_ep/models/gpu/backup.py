@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import queue
 import threading
 import time
 from typing import Any
@@ -13,19 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from elastic_ep.core.errors import CheckpointError, ElasticEPError
+from elastic_ep.core.errors import ElasticEPError
 from elastic_ep.models.gpu.digest import DeviceDigest, new_stream
-from elastic_ep.runtime.weights.base import Loaded
 from elastic_ep.runtime.weights.host import HostBackup
 
 log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 26
 """registered at once: the driver's lock is held for about 3 ms"""
-_REST = 4.0
+_REST = 1.0
 """Times as long as a registration took the lock is left to others. Under the multi-process service it is all ranks', and a thread that came
 back for it at once had them wait for up to 0.9 s."""
 _POLL_S = 0.5
+_COPIERS = 2
+"""experts on their way at a time: one is copied while the digest of the other is computed"""
 _PORTABLE = 0x01
 
 
@@ -37,9 +39,9 @@ class MappedBackup:
         self._slot_bytes = slot_bytes
         self._device = device
         self._is_mapped = np.zeros(backup.experts.shape[0], dtype=bool)
-        self._lock = threading.Lock()
-        self._digest: DeviceDigest | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._copiers: queue.SimpleQueue[tuple[torch.cuda.Stream, DeviceDigest]] = queue.SimpleQueue()
+        self.can_copy = False
+        """whether what `copy` needs is compiled by now"""
         self._done = threading.Event()
         self._closing = threading.Event()
         self._registered: list[int] = []
@@ -52,7 +54,7 @@ class MappedBackup:
             self._thread.start()
 
     def close(self) -> None:
-        """Take the pages back from the driver, before their memory is; no `load` may be under way."""
+        """Take the pages back from the driver, before their memory is; no `copy` may be under way."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -61,30 +63,27 @@ class MappedBackup:
         while self._registered:
             runtime.cudaHostUnregister(self._registered.pop())
 
-    def has(self, layer: int, expert: int) -> bool:
-        """Whether `load` can be asked for it."""
-        return bool(self._is_mapped[layer]) and self.backup.known_digest(layer, expert) is not None
+    def view(self, layer: int, expert: int) -> torch.Tensor | None:
+        """uint8 [slot bytes]: an expert where `copy` can take it from; None while it is not there, or not mapped."""
+        if not self._is_mapped[layer] or self.backup.known_digest(layer, expert) is None:
+            return None
+        return torch.from_numpy(self.backup.view(layer, expert))
 
     def wait_mapped(self, timeout_s: float) -> bool:
         """Wait until all of it is mapped; False when it is not by then."""
         return self._done.wait(timeout_s)
 
-    def load(self, layer: int, expert: int, target: torch.Tensor, digest: int | None) -> Loaded:
-        """Copy an expert to the device (target: uint8 [slot bytes]) and verify it there. Raises CheckpointError for other bytes than those
-        of `digest` (None: those that were put there)."""
-        expected = self.backup.known_digest(layer, expert) if digest is None else digest
-        with self._lock:
-            assert self._digest is not None
-            assert self._stream is not None
-            with torch.cuda.stream(self._stream):
-                target.copy_(torch.from_numpy(self.backup.view(layer, expert)), non_blocking=True)
-                found = self._digest.of(target, self._stream)
-        if found != expected:
-            raise CheckpointError(
-                f"expert {expert} of MoE layer {layer} has digest {found:016x} in the host backup, it should have {expected:016x}: "
-                f"a bit of this host's memory has changed"
-            )
-        return Loaded(found, "host", self._slot_bytes)
+    def copy(self, source: torch.Tensor, target: torch.Tensor, after: torch.cuda.Event) -> int:
+        """Copy an expert (uint8 [slot bytes], here or mapped) to the device (the same) once `after` has come. Returns the digest of what
+        came, as the device finds it. May run in several threads."""
+        stream, digest = copier = self._copiers.get()
+        try:
+            with torch.cuda.stream(stream):
+                stream.wait_event(after)
+                target.copy_(source, non_blocking=True)
+                return digest.of(target, stream)
+        finally:
+            self._copiers.put(copier)
 
     def _map_all(self) -> None:
         """Compile, then layer by layer, as they fill."""
@@ -95,7 +94,11 @@ class MappedBackup:
 
     def _map_layers(self) -> None:
         torch.cuda.set_device(self._device)  # each thread has its own
-        self._digest, self._stream = DeviceDigest(self._slot_bytes, self._device), new_stream(self._device)
+        for _ in range(_COPIERS):
+            stream = new_stream(self._device)
+            with torch.cuda.stream(stream):
+                self._copiers.put((stream, DeviceDigest(self._slot_bytes, self._device)))
+        self.can_copy = True
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         slots = max(1, _CHUNK_BYTES // self._slot_bytes)
         for layer in range(len(self._is_mapped)):

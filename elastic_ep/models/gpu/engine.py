@@ -45,35 +45,44 @@ class DeviceEngine(ElasticEngine):
         device: index of the GPU; ranks may share one.
         graph_tokens: graphs of steps of up to so many tokens are captured by `prepare`; larger ones when they are first needed.
         max_sequences: of one step that is a graph.
+        staging_bytes: of device memory to stage experts in while the slots that they are for hold others.
         options: of `ElasticEngine`; fast_math leaves dense products and norms to the library.
     """
 
-    def __init__(self, *args: Any, device: int = 0, graph_tokens: int = 0, max_sequences: int = 64, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, device: int = 0, graph_tokens: int = 0, max_sequences: int = 64, staging_bytes: int = 0, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
+        self._staging_bytes = staging_bytes
         self.device = torch.device("cuda", device)
         self._max_sequences = max_sequences
         self._graph_tokens = graph_tokens
         self._graphs: StepGraphs | None = None
         self._captured_state: DeviceStep | None = None
 
-    def load_dense(self) -> None:
-        """See `ElasticEngine.load_dense`; kernels are compiled here, not in the first step."""
+    def make_slots(self) -> None:
+        """See `Engine`."""
         if not torch.cuda.is_available():
             raise InvalidInputError("--device cuda needs a GPU and torch sees none; serve with --device cpu, or mend the driver")
         torch.cuda.set_device(self.device)
-        super().load_dense()
+        super().make_slots()
 
-    def _place(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Attention:
+    def _new_slots(self, layout: SlotLayout, checkpoint: CheckpointSource, is_transposed: bool) -> Any:
+        spec = self.spec
+        num_staged = min(max(1, self._staging_bytes // layout.num_bytes), spec.num_layers * self._local_slots)
+        sizes = (spec.num_layers, self._local_slots, spec.num_experts)
+        slots = DeviceSlots(*sizes, layout, checkpoint, self._num_spare, self.device, num_staged)
+        self._matrices = slots.matrices(is_transposed)
+        return slots
+
+    def _place(self) -> Attention:
+        """See `ElasticEngine`."""
         spec = self.spec
         self._model.to(self.device)  # type: ignore[arg-type]
         if not self.fast_math:
             use_device_kernels(self._model)
         shape, page = spec.family.kv_shape(spec.config), int(kernels().TILE)
         self.kv = DeviceKV(spec.config["num_hidden_layers"], shape, self._kv_tokens, page, self.dtype, self.device)  # type: ignore[assignment]
-        self.slots = DeviceSlots(  # type: ignore[assignment]
-            spec.num_layers, self._local_slots, spec.num_experts, layout, checkpoint, self._num_spare, self.device
-        )
-        self._matrices = self._device_slots.matrices(is_transposed)
         self._wrong = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._counts = torch.zeros(spec.num_layers, spec.num_experts, dtype=torch.int64, device=self.device)
         return self._device_kv

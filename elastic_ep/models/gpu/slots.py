@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,19 +17,36 @@ from elastic_ep.models.gpu.arithmetic import Part
 from elastic_ep.models.gpu.backup import MappedBackup
 from elastic_ep.models.gpu.digest import new_stream
 from elastic_ep.runtime.engine import SlotLoad
-from elastic_ep.runtime.weights.base import ExpertSource, Loaded, SlotLayout, read_verified
+from elastic_ep.runtime.weights.base import ExpertSource, Loaded, LocalSource, SlotLayout, read_verified
 from elastic_ep.runtime.weights.host import HostBackup
 
 NOT_HERE = -1
 ELSEWHERE = -2
 """in a table of slots: the expert's rows are computed by another call"""
+_MOST_READERS = 4
+_PINNED = 2 * _MOST_READERS + 2
+"""of memory for one slot each: for those who load, those who stage, who looks at slots and who sends one to a peer"""
+_PLACES = {
+    HostBackup.kind: ("the host backup", "a bit of this host's memory has changed"),
+    LocalSource.kind: ("another slot", "it was overwritten meanwhile, or the device's memory fails"),
+}
+
+
+class _Staged(NamedTuple):
+    expert: int
+    memory: torch.Tensor
+    digest: int
+    is_in_slot: bool
 
 
 class DeviceSlots:
     """`num_layers` x `num_slots` slots of one layout on a device; the `Slots` of a rank whose model is there.
 
-    Every read goes through pinned memory of the reading thread and a stream of its own, except from a host backup that is mapped for the
-    device (`MappedBackup`): that is copied and verified by the device itself.
+    What is staged for a slot that holds something lies beside it, in one of `num_staged` buffers. They and the pinned memory are there from
+    the start: asked for memory while it tidies up a process that has ended, the driver takes half a second.
+
+    Every read goes through pinned memory and a stream of the reading thread, except with a host backup that is mapped for the device
+    (`MappedBackup`): what it has, and what another slot has, is copied and verified by the device itself.
 
     Attributes:
         memory: per layer [num_slots, elements of a slot], in the layout's dtype. Fixed addresses.
@@ -43,10 +62,11 @@ class DeviceSlots:
         source: ExpertSource,
         num_spare: int,
         device: torch.device,
+        num_staged: int = 1,
     ):
         self.num_experts = num_experts
         self.num_slots = num_slots
-        self.readers = 1  # each reader would have pinned memory of its own
+        self.readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
         self.shape = (num_layers, num_experts, layout.num_bytes)
         self.checkpoint = source
         self.device = device
@@ -60,12 +80,19 @@ class DeviceSlots:
         self._slot_of = np.full((num_layers, padded), NOT_HERE, dtype=np.int32)
         self._table = torch.full((num_layers, padded), NOT_HERE, dtype=torch.int32, device=device)
         self._is_stale = False
+        self._tables_lock = threading.Lock()
         self._digests: dict[tuple[int, int], int] = {}
-        self._staged: dict[tuple[int, int], tuple[int, torch.Tensor, int]] = {}
+        self._staged: dict[tuple[int, int], _Staged] = {}
+        self._free: deque[torch.Tensor] = deque(torch.zeros(num_staged, elements, dtype=layout.dtype, device=device))
+        self._in_slots = threading.Lock()
+        """who has it fills slots that hold nothing, or sees to it that nobody else does"""
+        self._loading: set[tuple[int, int]] = set()
         self._spare: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._local = threading.local()
+        size = layout.num_bytes
+        self._free_pinned: deque[torch.Tensor] = deque(torch.empty(_PINNED, size, dtype=torch.uint8, pin_memory=True))
         self._adopted: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        """after the last copy of an adoption: who reads slots on another stream waits for it"""
+        """after the last copy of an adoption: who reads slots or fills buffers on another stream waits for it"""
         self._free_spare = list(range(num_spare - 1, -1, -1))
 
     @property
@@ -103,12 +130,17 @@ class DeviceSlots:
     def holds(self, layer: int, expert: int) -> bool:
         return bool(self._slot_of[layer, expert] >= 0)
 
-    def _index(self, layer: int) -> None:
-        row = self._slot_of[layer]
-        row[:] = NOT_HERE
-        for slot in sorted(self._held[layer], reverse=True):
-            row[self._held[layer][slot]] = slot
-        self._is_stale = True
+    def _hold(self, layer: int, slot: int, expert: int | None) -> None:
+        """Note what a slot holds now."""
+        with self._tables_lock:
+            held, row = self._held[layer], self._slot_of[layer]
+            held.pop(slot, None)
+            if expert is not None:
+                held[slot] = expert
+            row[:] = NOT_HERE
+            for at in sorted(held, reverse=True):
+                row[held[at]] = at
+            self._is_stale = True
 
     # ---- loading
 
@@ -116,39 +148,66 @@ class DeviceSlots:
         """Fill a slot; see `Slots.load`. Without sources, from the checkpoint. Raises CheckpointError."""
         load.check(len(self.memory), self.num_slots, self.num_experts)
         layer, slot, expert = load
-        self._held[layer].pop(slot, None)
-        self._index(layer)
-        loaded = self._read(layer, expert, self.memory[layer][slot], sources, digest)
-        self._held[layer][slot] = expert
-        self._index(layer)
+        with self._in_slots:
+            self._loading.add((layer, slot))
+            self._hold(layer, slot, None)
+            self._unstage((layer, slot))
+        try:
+            loaded = self._read(layer, expert, self.memory[layer][slot], sources, digest)
+            self._hold(layer, slot, expert)
+        finally:
+            self._loading.discard((layer, slot))
         return loaded
 
     def stage(self, load: SlotLoad, sources: Sequence[ExpertSource] = (), digest: int | None = None) -> Loaded:
-        """Read and verify one expert beside the live slots, for `adopt`. Raises CheckpointError."""
+        """Read and verify one expert for `adopt`: beside the live slots, or in a slot that holds nothing. Raises CheckpointError."""
         load.check(len(self.memory), self.num_slots, self.num_experts)
-        with torch.cuda.stream(self._stream()):  # so that its memory is given to others when that stream is done with it
-            memory = torch.empty(self.spare_memory.shape[1], dtype=self._layout.dtype, device=self.device)
-        loaded = self._read(load.layer, load.expert, memory, sources, digest)
-        self._staged[load.layer, load.local_slot] = (load.expert, memory, loaded.digest)
-        return loaded
+        layer, slot, expert = load
+        self._unstage((layer, slot))
+        errors: tuple[str, ...] = ()
+        with self._in_slots:  # not while a slow source is read: who fills a slot at once would wait for it
+            is_at_hand = bool(sources) and self._at_hand(sources[0], layer, expert) is not None
+            if is_at_hand and slot not in self._held[layer] and (layer, slot) not in self._loading:
+                memory = self.memory[layer][slot]
+                try:
+                    loaded = self._read(layer, expert, memory, sources[:1], digest)
+                except CheckpointError as error:
+                    if len(sources) == 1:
+                        raise
+                    sources, errors = sources[1:], (f"{sources[0].kind}: {error}",)
+                else:
+                    self._staged[layer, slot] = _Staged(expert, memory, loaded.digest, is_in_slot=True)
+                    return loaded
+        memory = self._buffer()
+        try:
+            loaded = self._read(layer, expert, memory, sources, digest)
+        except BaseException:
+            self._free.append(memory)
+            raise
+        self._staged[layer, slot] = _Staged(expert, memory, loaded.digest, is_in_slot=False)
+        return loaded._replace(errors=(*errors, *loaded.errors))
 
     def adopt(self, load: SlotLoad) -> int | None:
-        """Copy what was staged for the slot into it, on the device. Returns its digest, None if this expert was not staged for it."""
+        """Have the slot hold what was staged for it; what lies beside it is copied, on the device. Returns its digest, None if this expert
+        was not staged for it."""
         layer, slot, expert = load
         staged = self._staged.pop((layer, slot), None)  # one step: the stager may be dropping everything just now
-        if staged is None or staged[0] != expert:
+        if staged is None:
             return None
-        _, memory, digest = staged
-        self.memory[layer][slot].copy_(memory)
-        memory.record_stream(torch.cuda.current_stream(self.device))
-        self._adopted.record(torch.cuda.current_stream(self.device))
-        self._held[layer][slot] = expert
-        self._index(layer)
-        return digest
+        if staged.expert == expert and not staged.is_in_slot:
+            self.memory[layer][slot].copy_(staged.memory)
+            self._adopted.record(torch.cuda.current_stream(self.device))
+        if not staged.is_in_slot:
+            self._free.append(staged.memory)
+        if staged.expert != expert:
+            return None
+        self._hold(layer, slot, expert)
+        return staged.digest
 
     def drop_staged(self) -> None:
-        """Free whatever is staged."""
-        self._staged.clear()
+        """Have whatever is staged give its memory to the next staging."""
+        for key in list(self._staged):
+            self._unstage(key)
 
     def expect(self, layer: int, expert: int, digest: int) -> None:
         """An expert that may be streamed must have the bytes of this digest."""
@@ -175,13 +234,13 @@ class DeviceSlots:
 
     def slot_bytes(self, layer: int, slot: int) -> torch.Tensor:
         """uint8 [SlotLayout.num_bytes]: a copy of a slot's memory on the host, whatever it holds."""
-        target = torch.empty(self._layout.num_bytes, dtype=torch.uint8)
         stream = self._stream()
-        with torch.cuda.stream(stream):
-            stream.wait_event(self._adopted)
-            scratch = self._scratch().copy_(self.memory[layer][slot].view(torch.uint8), non_blocking=True)
-            stream.synchronize()
-        return target.copy_(scratch)
+        with self._pinned() as scratch:
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._adopted)
+                scratch.copy_(self.memory[layer][slot].view(torch.uint8), non_blocking=True)
+                stream.synchronize()
+            return scratch.clone()
 
     def bytes_of(self, layer: int, expert: int) -> torch.Tensor | None:
         """The same of a slot that holds the expert; None if none does."""
@@ -199,35 +258,70 @@ class DeviceSlots:
 
     # ---- inside
 
-    def _read(self, layer: int, expert: int, memory: torch.Tensor, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
-        known = self._digests.get((layer, expert)) if digest is None else digest
-        target, errors = memory.view(torch.uint8), []
-        left = list(sources) or [self.checkpoint]
+    def _unstage(self, key: tuple[int, int]) -> None:
+        staged = self._staged.pop(key, None)
+        if staged is not None and not staged.is_in_slot:
+            self._free.append(staged.memory)
+
+    def _buffer(self) -> torch.Tensor:
+        """Memory to stage in; more than there was at the start only if more is staged than a change may."""
+        try:
+            return self._free.popleft()
+        except IndexError:
+            with torch.cuda.stream(self._stream()):  # whose work is always waited for, so this memory is nobody's
+                return torch.empty_like(self.spare_memory[0])
+
+    def _at_hand(self, source: ExpertSource, layer: int, expert: int) -> torch.Tensor | None:
+        """uint8 [slot bytes]: an expert that the device can copy and verify by itself: in the host's backup, or in a slot here."""
         mapped = self._mapped
-        while mapped is not None and left[0] is mapped.backup and mapped.has(layer, expert):
-            try:
-                return mapped.load(layer, expert, target, known)
-            except CheckpointError as error:
-                if len(left) == 1:
-                    raise
-                errors.append(f"host: {error}")
-                left.pop(0)
-        scratch = self._scratch()
-        loaded = read_verified(left, layer, expert, scratch, known)
-        stream = self._stream()
-        with torch.cuda.stream(stream):
-            target.copy_(scratch, non_blocking=True)
-            stream.synchronize()
+        if mapped is None or not mapped.can_copy:
+            return None
+        if source is mapped.backup:
+            return mapped.view(layer, expert)
+        slot = int(self._slot_of[layer, expert])
+        if source.kind != LocalSource.kind or slot < 0:
+            return None
+        held: torch.Tensor = self.memory[layer][slot].view(torch.uint8)
+        return held
+
+    def _read(self, layer: int, expert: int, memory: torch.Tensor, sources: Sequence[ExpertSource], digest: int | None) -> Loaded:
+        stream = self._stream()  # first of all: it tells a new thread which device is its own
+        known = self._digests.get((layer, expert)) if digest is None else digest
+        target, left = memory.view(torch.uint8), list(sources) or [self.checkpoint]
+        errors: list[str] = []
+        while (at_hand := self._at_hand(left[0], layer, expert)) is not None:
+            assert self._mapped is not None
+            found = self._mapped.copy(at_hand, target, self._adopted)
+            expected = left[0].known_digest(layer, expert) if known is None else known
+            if expected is None or found == expected:
+                self._digests[layer, expert] = found
+                return Loaded(found, left[0].kind, len(target), tuple(errors))
+            place, why = _PLACES[left[0].kind]
+            error = f"expert {expert} of MoE layer {layer} has digest {found:016x} in {place}, it should have {expected:016x}: {why}"
+            if len(left) == 1:
+                raise CheckpointError(error)
+            errors.append(f"{left.pop(0).kind}: {error}")
+        with self._pinned() as scratch:
+            loaded = read_verified(left, layer, expert, scratch, known)
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._adopted)
+                target.copy_(scratch, non_blocking=True)
+                stream.synchronize()
         self._digests[layer, expert] = loaded.digest
         return loaded._replace(errors=(*errors, *loaded.errors))
 
-    def _scratch(self) -> torch.Tensor:
-        """This thread's pinned memory for one slot."""
-        if not hasattr(self._local, "scratch"):
+    @contextmanager
+    def _pinned(self) -> Iterator[torch.Tensor]:
+        """Pinned memory for one slot, for as long as the context lasts."""
+        try:
+            memory = self._free_pinned.popleft()
+        except IndexError:
             torch.cuda.set_device(self.device)  # each thread has its own
-            self._local.scratch = torch.empty(self._layout.num_bytes, dtype=torch.uint8, pin_memory=True)
-        scratch: torch.Tensor = self._local.scratch
-        return scratch
+            memory = torch.empty(self._layout.num_bytes, dtype=torch.uint8, pin_memory=True)
+        try:
+            yield memory
+        finally:
+            self._free_pinned.append(memory)
 
     def _stream(self) -> torch.cuda.Stream:
         """This thread's."""
