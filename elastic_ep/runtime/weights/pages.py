@@ -46,7 +46,7 @@ class SharedPages:
             return
         first, last = pages.start * HUGE_PAGE, pages.stop * HUGE_PAGE
         whole = np.ctypeslib.as_array((ctypes.c_uint8 * (last - first)).from_address(self._begin + first))
-        whole[::HUGE_PAGE].max()  # an empty one is left as it is
+        whole[::HUGE_PAGE].max()  # the system passes over those that are empty
         if _libc().madvise(self._begin + first, last - first, _COLLAPSE):
             log.debug("not all of %d bytes lie in huge pages: %s", last - first, os.strerror(ctypes.get_errno()))
         self._is_asked[pages] = True
