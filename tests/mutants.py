@@ -42,7 +42,7 @@ EXPLAINED = {
     ("expert_bytes: int = 1,", "1 -> 2"),
     ("expert, rank = displaced, min(free, key=lambda r: draft.incoming[r])", "min -> max in min(free, key=lambda r: draft.incoming[r])"),
     ("draft.lent[index][expert] -= 1", "1 -> 2"),
-    ("state.count[copy.expert] += 1", "1 -> 2"),
+    ("self.count[expert] += 1", "1 -> 2"),
 }
 """(line, mutation) of the survivors that docs/testing.md explains"""
 PATIENCE, GRACE_S = 5.0, 1.0

@@ -191,35 +191,32 @@ class _Layer:
 
     Attributes:
         held, wanted: expert of each slot; rank_of_slot, slots: the rank of each, and those of each rank.
-        count, found: of each expert, how many slots hold it, and how many of each rank; places: which they are.
+        count, places: of each expert, how many slots hold it, and which they are.
         keeps: what each rank is to hold; homes: the ranks that are to hold each expert.
     """
 
     def __init__(self, held: list[int], wanted: list[int], rank_of_slot: list[int], slots: dict[int, list[int]]) -> None:
         self.held, self.wanted, self.rank_of_slot, self.slots = held, wanted, rank_of_slot, slots
         self.count = Counter(held)
-        self.found = Counter(zip(rank_of_slot, held, strict=True))
         self.places: dict[int, set[int]] = {expert: set() for expert in self.count}
         self.keeps: dict[int, set[int]] = {rank: set() for rank in slots}
         self.homes: dict[int, list[int]] = {expert: [] for expert in wanted if expert != EMPTY}
-        for slot, (rank, mine, meant) in enumerate(zip(rank_of_slot, held, wanted, strict=True)):
-            self.places[mine].add(slot)
+        for slot, rank in enumerate(rank_of_slot):
+            meant = wanted[slot]
+            self.places[held[slot]].add(slot)
             if meant != EMPTY and meant not in self.keeps[rank]:
                 self.keeps[rank].add(meant)
                 self.homes[meant].append(rank)
 
     def has(self, rank: int, expert: int) -> bool:
-        return self.found[rank, expert] > 0
+        return any(self.rank_of_slot[s] == rank for s in self.places.get(expert, ()))
 
     def install(self, slot: int, expert: int) -> None:
         """A slot holds another expert now."""
-        before, rank = self.held[slot], self.rank_of_slot[slot]
-        self.count[before] -= 1
-        self.found[rank, before] -= 1
-        self.places[before].discard(slot)
+        self.count[self.held[slot]] -= 1
+        self.places[self.held[slot]].remove(slot)
         self.held[slot] = expert
         self.count[expert] += 1
-        self.found[rank, expert] += 1
         self.places.setdefault(expert, set()).add(slot)
 
     def missing(self) -> list[tuple[int, int]]:
@@ -244,7 +241,7 @@ class _Layer:
 
     def _is_last(self, rank: int, expert: int, used: set[int]) -> bool:
         """Whether just one slot of ``rank`` that is not ``used`` holds ``expert``; one does."""
-        return self.found[rank, expert] == 1 or sum(self.rank_of_slot[s] == rank and s not in used for s in self.places[expert]) == 1
+        return sum(self.rank_of_slot[s] == rank and s not in used for s in self.places[expert]) == 1
 
 
 @dataclass
@@ -273,7 +270,7 @@ class _Planner:
         slots: dict[int, list[int]] = {}
         for slot, rank in enumerate(self.rank_of_slot):
             slots.setdefault(rank, []).append(slot)
-        self.layers = [_Layer(h, w, self.rank_of_slot, slots) for h, w in zip(held.tolist(), wanted.tolist(), strict=True)]
+        self.layers = [_Layer(h, w, self.rank_of_slot, slots) for h, w in np.stack((held, wanted), axis=1).tolist()]
         self.node, self.backups, self.speeds = node, backups, speeds
         self.expert_bytes, self.staging_slots = expert_bytes, staging_slots
         self.links = LinkLoads(speeds, node)
@@ -377,7 +374,7 @@ class _Planner:
         return Round(tuple(copies), in_place=in_place, seconds=max(links.seconds().values(), default=0.0))
 
     def _sources(self, layer: int, expert: int, rank: int) -> list[Source]:
-        holders = [(self.rank_of_slot[s], s) for s in sorted(self.layers[layer].places.get(expert, ()))]
+        holders = [(self.rank_of_slot[s], s) for s in self.layers[layer].places.get(expert, ())]
         return _options(self.node, rank, holders, self.backups.get(self.node[rank]), layer, expert)
 
     def _permute(self) -> list[LocalMove]:

@@ -247,6 +247,16 @@ def test_a_ring_of_single_replicas_turns_in_one_round():
     execute(plan, contents, target, topology, [1, 1, 1], ("0", "1", "2"), 1)
 
 
+def test_of_equal_sources_the_lowest_slot_is_read():
+    topology = Topology.uniform(3, 27)
+    held = np.full((1, 27), -1)
+    held[0, [16, 3]] = 0
+    target = held.copy()
+    target[0, 20] = 0
+    plan = plan_transfer(held, ExpertPlacement(target, 1), topology, [1, 1, 1])
+    assert [copy.source for copy in plan.rounds[0].copies] == [Source(SourceKind.OTHER_NODE, 0, 3)]
+
+
 def test_loads_of_a_recovery_share_out_the_links():
     # Ranks 2 and 3 read one expert each; ranks 0 and 1 hold both, and each sends one. What a load overwrites is no source.
     topology = Topology((2, 2, 1, 1), {"node": ("a", "a", "a", "a")})
