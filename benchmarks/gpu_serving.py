@@ -109,7 +109,7 @@ def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[s
 def deaths(
     folder: Path, spec: ModelSpec, ranks: int, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket", backup: str = "off"
 ) -> dict[str, Any]:
-    """With a replica of every expert, or with just enough slots for all ranks but one to hold all (then lost ones come from the host)."""
+    """With a replica of every expert, or just enough slots for all ranks but one to hold all: lost ones come from `backup`, or files."""
     redundant = spec.num_experts if replicas else -(-spec.num_experts // (ranks - 1)) * ranks - spec.num_experts
     more = ["--host-backup", backup]
     began = time.monotonic()
