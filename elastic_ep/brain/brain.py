@@ -163,15 +163,33 @@ class Brain:
                 changes.on_staged(state, seat, staged, now)
             case StageFailed() as failed:
                 changes.on_stage_failed(state, seat, failed, now)
-            case DenseLoaded():
-                seat.move(SeatState.READY)
-                seat.start_deadline = None
-                members.boot_if_ready(state, now)
+            case DenseLoaded() as loaded:
+                self._on_dense_loaded(seat, loaded, now)
             case RankFatal() as fatal:
-                if state.membership.epoch == 0 or (state.membership.epoch == 1 and state.group.phase is Phase.INSTALLING):
-                    members.stop(state, fatal.error)
-                else:
-                    members.fail(state, seat.rank, FailureCause.FATAL, fatal.error, now)
+                self._on_fatal(seat, fatal.error, now)
+
+    def _on_dense_loaded(self, seat: Seat, message: DenseLoaded, now: float) -> None:
+        """A rank that has read other weights than the first one would compute other tokens."""
+        state = self.state
+        if state.dense_digest is None:
+            state.dense_digest = message.digest
+        if message.digest != state.dense_digest:
+            error = (
+                f"rank {seat.rank} has read a configuration and dense weights of digest {message.digest:016x}, the group began with "
+                f"{state.dense_digest:016x}: the checkpoint has changed since; restore it, or restart the server"
+            )
+            self._on_fatal(seat, error, now)
+            return
+        seat.move(SeatState.READY)
+        seat.start_deadline = None
+        members.boot_if_ready(state, now)
+
+    def _on_fatal(self, seat: Seat, error: str, now: float) -> None:
+        state = self.state
+        if state.membership.epoch == 0 or (state.membership.epoch == 1 and state.group.phase is Phase.INSTALLING):
+            members.stop(state, error)
+        else:
+            members.fail(state, seat.rank, FailureCause.FATAL, error, now)
 
     # ---- deadlines
 

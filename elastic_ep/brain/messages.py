@@ -102,9 +102,13 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class DenseLoaded:
-    """Dense weights are in place; the rank can take an Install."""
+    """Dense weights are in place; the rank can take an Install.
 
-    num_bytes: int
+    Attributes:
+        digest: of the configuration and the dense weights as they were read.
+    """
+
+    digest: int
     load_ms: float
 
 

@@ -152,7 +152,7 @@ class BrainState:
         operation: what an operator asked for and is not done yet; `operations` keeps the last ones by their name.
         between_steps: messages held until no step is in flight, since what a rank hears during a step interrupts it.
         record: the recovery under way; `recoveries` keeps the finished ones.
-        digests: (layer, expert) -> digest of its bytes as first read.
+        digests: (layer, expert) -> digest of its bytes as first read; `dense_digest` of what the first rank read besides.
         starts_due_at: no seat is to be started, nor a start overdue, before this.
         release: rank -> sequences whose KV it may free, told with its next step.
         out: the commands that the event in hand has led to.
@@ -167,6 +167,7 @@ class BrainState:
         self.group = GroupState()
         self.contents = SlotContents(settings.num_layers, self.topology.num_slots)
         self.digests: dict[tuple[int, int], int] = {}
+        self.dense_digest: int | None = None
         self.requests = RequestTable()
         self.plan: GroupPlan | None = None
         self.step: Transaction | None = None

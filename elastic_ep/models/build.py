@@ -15,6 +15,7 @@ from elastic_ep.core.errors import CheckpointError
 from elastic_ep.models.linear import RowNorm
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.weights.checkpoint import TensorReader
+from elastic_ep.runtime.weights.digest import Digest
 
 IMPLEMENTATION = "elastic_ep"
 """the name under which our attention and experts functions are registered with transformers"""
@@ -45,9 +46,10 @@ def build_model(spec: ModelSpec, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_dense(model: PreTrainedModel, spec: ModelSpec, reader: TensorReader, dtype: torch.dtype) -> int:
-    """Fill every parameter and buffer that is not an expert's. Returns the bytes read. Raises CheckpointError."""
+    """Fill every parameter and buffer that is not an expert's. Returns a digest of the configuration and of what they hold now. Raises
+    CheckpointError."""
     keep_float32 = set(model._keep_in_fp32_modules_strict or ())
-    total = 0
+    digest = Digest(json.dumps(spec.config, sort_keys=True).encode())
     for name in spec.family.dense(spec.config):
         path = name
         for written, built in spec.family.renames:
@@ -56,7 +58,8 @@ def load_dense(model: PreTrainedModel, spec: ModelSpec, reader: TensorReader, dt
         module = model.get_submodule(parent)
         target = torch.float32 if keep_float32.intersection(path.split(".")) else dtype
         tensor = torch.empty(spec.tensors[name].shape, dtype=target)
-        total += reader.read_into(name, None, tensor)
+        reader.read_into(name, None, tensor)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if leaf in module._buffers:
             module._buffers[leaf] = tensor
         else:
@@ -66,7 +69,7 @@ def load_dense(model: PreTrainedModel, spec: ModelSpec, reader: TensorReader, dt
     unfilled = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if unfilled:
         raise CheckpointError(f"{spec.directory} has no tensor for {unfilled[0]}, which this version of transformers wants; use 5.23")
-    return total
+    return digest.intdigest()
 
 
 def experts_module(model: PreTrainedModel, layer: int) -> nn.Module:

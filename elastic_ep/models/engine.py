@@ -88,9 +88,9 @@ class ElasticEngine:
         is_transposed = bool(experts_module(self._model, spec.moe_layers[0]).is_transposed)
         self.slots = self._new_slots(layout, CheckpointSource(self._reader, layout, self._pieces), is_transposed)
 
-    def load_dense(self) -> None:
-        """Read all weights except routed experts, and check this processor's arithmetic. Raises CheckpointError, InvalidInputError."""
-        self.dense_bytes = load_dense(self._model, self.spec, self._reader, self.dtype)
+    def load_dense(self) -> int:
+        """See `Engine`; checks this processor's arithmetic too. Raises CheckpointError, InvalidInputError."""
+        digest = load_dense(self._model, self.spec, self._reader, self.dtype)
         attention = self._place()
         for i, layer in enumerate(self.spec.moe_layers):
             module = experts_module(self._model, layer)
@@ -100,6 +100,7 @@ class ElasticEngine:
         for decoder_layer in self._model.model.layers:
             decoder_layer.self_attn.elastic_attention = attention
         self._check_arithmetic()
+        return digest
 
     def prepare(self, dispatcher: Dispatcher) -> None:
         """See `Engine`. On a processor that is the memory of the slots."""

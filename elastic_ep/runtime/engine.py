@@ -104,8 +104,8 @@ class Engine(Protocol):
         """First of all, once: see what the checkpoint holds and have the slots, empty. Raises CheckpointError."""
         ...
 
-    def load_dense(self) -> None:
-        """Read all weights except routed experts. Raises CheckpointError."""
+    def load_dense(self) -> int:
+        """Read all weights except routed experts. Returns a digest of them and of the configuration. Raises CheckpointError."""
         ...
 
     def prepare(self, dispatcher: Dispatcher) -> None:

@@ -6,6 +6,7 @@ controller writes to a rank in mid-step only to interrupt it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import select
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +60,7 @@ log = logging.getLogger(__name__)
 
 STEPS_PER_REPORT = 16
 """so many steps' expert counts go to the controller at once"""
+MEMORY_CURE = "serve with fewer ranks on this host, less --kv-tokens or --host-backup off, or raise the limit (ulimit -v)"
 EXIT_CONTROLLER_GONE = 3
 EXIT_FATAL = 4
 EXIT_START_OVER = 5
@@ -117,10 +120,10 @@ class Rank:
         started = time.monotonic()
         self.engine.make_slots()
         self._prepare_weights()  # what it begins in the background goes on beside the rest
-        self.engine.load_dense()
+        digest = self.engine.load_dense()
         self.engine.prepare(self.dispatcher)
         self.faults.reach("dense_loaded")
-        self.channel.send(DenseLoaded(0, (time.monotonic() - started) * 1e3))
+        self.channel.send(DenseLoaded(digest, (time.monotonic() - started) * 1e3))
         self.faults.reach("dense_told")
         while True:
             message = self.channel.receive()
@@ -265,6 +268,11 @@ def weights_listen(mesh: str) -> str:
     return f"{mesh}.weights"
 
 
+def is_no_memory(error: Exception) -> bool:
+    """Whether the system gave no more memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
 def _say_hello(channel: ControlChannel, config: RankConfig, dispatcher: MeshDispatcher) -> tuple[PeerServer, str]:
     """Be reachable, and tell where. Over TCP the token was proved, and is not sent. Returns the server of weights and its address.
 
@@ -313,12 +321,17 @@ def run(
     except ElasticEPError as error:
         channel.send(RankFatal(str(error)))
         return EXIT_FATAL
-    except OSError as error:
+    except ConnectionError as error:
         log.warning("rank %d: control channel: %s", config.rank, error)
         return EXIT_CONTROLLER_GONE
     except Exception as error:
-        log.exception("rank %d failed", config.rank)
-        channel.send(RankFatal(f"{type(error).__name__}: {error}"))
+        if is_no_memory(error):
+            reason = f"no memory for rank {config.rank} ({str(error) or type(error).__name__}); {MEMORY_CURE}"
+        else:
+            log.exception("rank %d failed", config.rank)
+            reason = f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # the controller may be gone too
+            channel.send(RankFatal(reason))
         return EXIT_FATAL
     finally:
         dispatcher.close()

@@ -52,6 +52,8 @@ class RankLink(asyncio.Protocol):
             self.close()
             return
         for message in messages:
+            if self._is_refused:
+                return
             if self.hello is not None:
                 self._on_message(self, message)
             elif isinstance(message, Hello) and hmac.compare_digest(message.token.encode(), self._token.encode()):

@@ -353,6 +353,35 @@ def test_a_rank_dies_while_starting():
     check_all(world)
 
 
+def test_a_rank_that_reads_other_dense_weights_at_start_stops_the_server():
+    world = World()
+    for rank in (0, 1):
+        world.feed(ev.RankConnected(Hello(rank, 0, 1, "h", "t", "")))
+        world.say(rank, DenseLoaded(10 + rank, 1.0))
+    (stopped,) = [c for c in world.commands if isinstance(c, ev.Stopped)]
+    assert "of digest 000000000000000b, the group began with 000000000000000a: the checkpoint has changed" in stopped.error
+
+
+def test_a_replacement_that_reads_other_dense_weights_never_joins():
+    world = World(restart=True, restart_backoff_s=0.1).boot()
+    serve_all(world)
+    world.unstartable = {2}
+    world.kill(2)
+    world.pass_time(0.2)
+    for digest, state in ((7, SeatState.DEAD), (0, SeatState.READY)):
+        seat = world.brain.state.seats[2]
+        world.pass_time(0.5)
+        world.feed(ev.RankConnected(Hello(2, seat.incarnation, 1, "h", "t", "")))
+        world.say(2, DenseLoaded(digest, 1.0))
+        assert seat.state is state, seat
+        if digest:
+            assert "the checkpoint has changed since; restore it, or restart the server" in seat.failure
+            assert ev.Fence(2, seat.incarnation, seat.failure) in world.commands
+            world.settle()
+            assert world.brain.state.membership.ranks == (0, 1, 3)
+    check_all(world)
+
+
 def test_a_bad_checkpoint_at_start_stops_the_server():
     world = World()
     world.feed(ev.RankConnected(Hello(0, 0, 1, "h", "t", "")))

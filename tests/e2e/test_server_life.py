@@ -183,6 +183,14 @@ def test_ranks_that_cannot_start_end_the_server(checkpoint):
     assert result.stderr.strip().splitlines()[-1].startswith("elastic-ep serve: error: no rank is left alive")
 
 
+def test_a_rank_that_gets_no_memory_says_what_to_do(checkpoint):
+    result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0", "--ep-size", "2", "--kv-tokens", str(10**14))
+    assert result.returncode == 2
+    assert "no memory for rank " in result.stderr
+    assert "less --kv-tokens" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_client_that_leaves_frees_its_place(checkpoint):
     with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
         body = json.dumps({"model": server.facts["model"], "prompt": [1], "max_tokens": 500, "stream": True, "ignore_eos": True}).encode()

@@ -10,6 +10,7 @@ same bytes.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,16 @@ class HostBackup:
             raise InvalidInputError(
                 f"--host-backup experts needs {num_bytes} bytes, this host has {free} available; give --host-backup off, or free memory"
             )
-        fd = os.memfd_create("elastic-ep-experts", os.MFD_CLOEXEC)
-        os.ftruncate(fd, num_bytes)
+        fd = os.memfd_create("elastic-ep-experts", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, num_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            os.close(fd)
+            raise InvalidInputError(
+                f"--host-backup experts needs a file of memory of {num_bytes} bytes, which the system refuses ({error.strerror}); "
+                f"raise the limit (ulimit -f), or give --host-backup off"
+            ) from None
         return fd
 
     @property
