@@ -13,8 +13,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -67,8 +67,16 @@ EXIT_START_OVER = 5
 """the controller said that this process was given up"""
 
 
+@contextmanager
+def _as_connection_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
+
+
 class ControlChannel:
-    """The rank's end. `send` may be called by the loop and by the heartbeat thread."""
+    """The rank's end. `send` may be called by the loop and by the heartbeat thread. Raises ConnectionError, whatever the network says."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -76,11 +84,12 @@ class ControlChannel:
 
     def send(self, message: RankMessage) -> None:
         data = wire.encode(message)
-        with self._lock:
+        with self._lock, _as_connection_error():
             self.sock.sendall(data)
 
     def receive(self) -> ControllerMessage | None:
-        return wire.receive(self.sock)
+        with _as_connection_error():
+            return wire.receive(self.sock)
 
     def is_readable(self) -> bool:
         poll = select.poll()
