@@ -321,6 +321,11 @@ def test_two_processes_share_one_backup(backup):
         HostBackup(backup._fd, LAYERS, EXPERTS, BYTES + 64)
 
 
+def test_nobody_can_cut_a_backup_short(backup):
+    with pytest.raises(PermissionError):
+        os.ftruncate(backup._fd, 4096)
+
+
 def test_a_backup_lies_in_huge_pages_as_far_as_the_system_gives_them():
     """Whatever it gives: they may be turned off, and a file of memory has them by request alone."""
     num_bytes = 3 * HUGE_PAGE + 4096  # so that experts share a page
