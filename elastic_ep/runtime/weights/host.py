@@ -11,6 +11,7 @@ same bytes.
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from elastic_ep.runtime.weights.pages import HUGE_PAGE, SharedPages, file_bytes
 if TYPE_CHECKING:
     import torch
 
-_PAGE = 4096
+_PAGE = mmap.PAGESIZE
 
 
 class HostBackup:
