@@ -91,6 +91,14 @@ def test_stopped_is_named_at_the_deadline_and_changes_nothing_when_it_wakes(rank
     ranks.check_steps(SEATS, 3, **BIG)
 
 
+def test_a_rank_that_left_and_came_back_is_heard_by_ranks_that_saw_neither(ranks: Ranks) -> None:
+    """Its farewell and its hello wait for the others, who still hold its link for open when they are told to connect."""
+    for present in 20 * [[0, 1], SEATS]:
+        restart(ranks, 0, ranks.options)
+        ranks.install(present, deadline_s=2.0)
+        ranks.check_steps(present, 1)
+
+
 def test_a_word_from_the_controller_ends_a_wait(ranks: Ranks) -> None:
     """The pipe of rank 0 stands for its control channel; rank 1 never comes to the step."""
     restart(ranks, 0, {"interruptible": True})

@@ -29,7 +29,7 @@ from elastic_ep.runtime.dispatch.base import DispatchHandle, FailureKind, Interr
 from elastic_ep.runtime.dispatch.checks import DTYPES, check_combine, check_dispatch, checked_ids
 from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameFormat, FrameKey, Phase
 from elastic_ep.runtime.dispatch.grouping import BadPairsError, Departure, distinct_rows, plan_arrival, plan_departure
-from elastic_ep.runtime.dispatch.mpi_link import FAREWELL, HELLO, MAX_BYTES, Link, LinkGone, load_mpi
+from elastic_ep.runtime.dispatch.mpi_link import MAX_BYTES, Link, LinkGone, load_mpi
 from elastic_ep.runtime.dispatch.rows import RowBuffer, as_array, gather, weighted_sum
 
 _YIELDS = 200
@@ -116,10 +116,12 @@ class MpiDispatcher:
             link.free_sent()
         self._peers = {seat: self._links.setdefault(place, Link(self._mpi, self._comm, place, self.rank)) for seat, place in places.items()}
         failed: dict[int, FailureKind] = {}
+        for seat, link in self._peers.items():
+            link.seat = seat
+            link.call()
         idle = 0
         while True:
             for seat, link in self._peers.items():
-                link.seat = seat
                 if seat not in failed and (kind := self._greet(link)) is not None:
                     failed[seat] = kind
             missing = [seat for seat, link in self._peers.items() if seat not in failed and not link.is_open]
@@ -149,14 +151,13 @@ class MpiDispatcher:
         return int(place)
 
     def _greet(self, link: Link) -> FailureKind | None:
-        """Say hello unless that is done, and take in what came. Returns how the peer failed, if it did for good."""
+        """Say what there is to say, and take in what came. Returns how the peer failed, if it did for good."""
         try:
             if link.dead:
                 return FailureKind.CLOSED
-            if not link.greeted:
-                link.notify(HELLO)
+            link.greet()
             while link.read(self._last_key):
-                pass
+                link.greet()
         except LinkGone as gone:
             if gone.kind is FailureKind.PROTOCOL:
                 self._refuse(link)
@@ -167,8 +168,7 @@ class MpiDispatcher:
     def _drop(self, link: Link) -> None:
         """The next thing that a dropped process hears from us is a farewell."""
         try:
-            if (link.greeted or link.welcome) and not link.dead:
-                link.notify(FAREWELL)
+            link.drop()
         except LinkGone:
             pass
 

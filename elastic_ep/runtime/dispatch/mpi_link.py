@@ -1,6 +1,10 @@
 """One rank's side of one other MPI process: messages that go and come without ever blocking, and what the two have said of the mesh.
 
 MPI cannot close a channel. A rank that drops another sends it a farewell, which the other takes for a closed channel when it reads it.
+
+What one process has sent is not seen by the other until that one asks MPI, and perhaps not at its first asking. So no rank may hold a link
+for open because it was open: in each `connect` the two call each other under numbers never used before, and each waits for the answer to
+its own. Whatever either had said earlier, a farewell too, has been read by then, since the messages of a rank are read in order.
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import bisect
 import struct
 import sys
+import time
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -19,9 +24,9 @@ from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameError, FrameFo
 
 TAG = 0x4550
 """of all our messages: one tag, so that the messages of a rank are read in the order it sent them"""
-_NOTICE = struct.Struct("<IBxxxii")
-"""magic, kind, the sender's seat, the receiver's seat"""
-_MAGIC = 0x4D706545
+_NOTICE = struct.Struct("<IBxxxiiqq")
+"""magic, kind, the sender's seat, the receiver's seat, the sender's call, the call of the receiver's that it answers (0: none)"""
+_MAGIC = 0x4D706546
 HELLO, FAREWELL = 1, 2
 MAX_BYTES = 2**31 - 1
 _MAX_HELD = 4
@@ -62,22 +67,21 @@ class Link:
         self.place = place
         self.own_seat = own_seat
         self.seat = -1
-        self.greeted = False
-        """we said hello, and nobody has said farewell since"""
-        self.welcome = False
-        """it said hello, and no farewell since"""
+        self.is_open = False
+        """the last `call` was answered, and nobody has said farewell since"""
         self.dead = False
         self.stale_frames = 0
+        self._call = 0
+        self._heard = 0
+        """its last call"""
+        self._said: tuple[int, int] | None = None
+        """our last hello: our call, and the one of its that we answered; None if there is none, or a farewell since"""
         self._mpi = mpi
         self._comm = comm
         self._outgoing: list[_Message] = []
         self._incoming: list[_Message] = []
         self._held: list[tuple[FrameKey, NDArray[np.uint8]]] = []
         self._spare: dict[str, NDArray[np.uint8]] = {}
-
-    @property
-    def is_open(self) -> bool:
-        return self.greeted and self.welcome and not self.dead
 
     def buffer(self, use: str, num_bytes: int) -> NDArray[np.uint8]:
         """Room for a message. Fresh pages cost more than the rows written to them: a buffer that was given back is used again."""
@@ -94,10 +98,30 @@ class Link:
         except self._mpi.Exception as error:
             self._died(error)
 
-    def notify(self, kind: int) -> None:
-        self.greeted = kind == HELLO
-        self.welcome = self.welcome and self.greeted
-        self.post(np.frombuffer(_NOTICE.pack(_MAGIC, kind, self.own_seat, self.seat), dtype=np.uint8))
+    def call(self) -> None:
+        """A `connect` begins: the link is shut until the other end answers."""
+        self.is_open = False
+        self._call = time.monotonic_ns()
+
+    def greet(self) -> None:
+        """Call, and answer what it has called, unless both are said."""
+        if self._said != (said := (self._call, self._heard)):
+            self._said = said
+            self._notify(HELLO, *said)
+
+    def drop(self) -> None:
+        """Say farewell, unless nothing was said since the last. Raises LinkGone if it has died."""
+        was_linked = self._said is not None or self._heard != 0
+        self._part()
+        if was_linked and not self.dead:
+            self._notify(FAREWELL, 0, 0)
+
+    def _part(self) -> None:
+        self.is_open = False
+        self._heard, self._said = 0, None
+
+    def _notify(self, kind: int, *calls: int) -> None:
+        self.post(np.frombuffer(_NOTICE.pack(_MAGIC, kind, self.own_seat, self.seat, *calls), dtype=np.uint8))
 
     def is_sent(self) -> bool:
         """Whether all that was posted has left. A message to a process that is stopped stays, and keeps its buffer."""
@@ -188,13 +212,14 @@ class Link:
             self.stale_frames += 1
             self.give_back("in", self._held.pop(0)[1])
 
-    def _obey(self, magic: int, kind: int, sender: int, receiver: int) -> None:
+    def _obey(self, magic: int, kind: int, sender: int, receiver: int, call: int, answered: int) -> None:
         if magic != _MAGIC or kind not in (HELLO, FAREWELL) or sender != self.seat or receiver != self.own_seat:
             raise LinkGone(FailureKind.PROTOCOL)
-        self.welcome = kind == HELLO
         if kind == FAREWELL:
-            self.greeted = False
+            self._part()
             raise LinkGone(FailureKind.CLOSED)
+        self._heard = call
+        self.is_open = self.is_open or answered == self._call
 
     def _died(self, error: Exception) -> NoReturn:
         """What MPI reports of one process is that process's failure."""
