@@ -37,6 +37,9 @@ from elastic_ep.testing.server import ServerProcess
 ALONE = ("one", "one-graphs", "one-fast", "transformers")
 """parts with one process on the GPU"""
 NUM_STREAMS, PROMPT_TOKENS = 32, 64
+REJOIN_STREAMS = 16
+SETTLED_S = 0.4
+"""after a kill, when the pause of the recovery itself is over; a rejoin comes later"""
 RANKS_TO_KILL = 8
 """in the part `random`: some live while others are replaced"""
 PCIE_BYTES_PER_S = 55e9
@@ -54,19 +57,17 @@ def arguments(redundant: int, *more: str) -> list[str]:
     return ["--device", "cuda", *sizes, *quiet, *more]
 
 
-def run(server: ServerProcess, spec: ModelSpec, tokens: int) -> tuple[list[StreamRecord], float]:
+def run(server: ServerProcess, spec: ModelSpec, tokens: int, streams: int = NUM_STREAMS) -> tuple[list[StreamRecord], float]:
     """All streams at once; what came, and the seconds that it took."""
     began = time.monotonic()
-    records = asyncio.run(
-        stream_all(server.url, server.facts["model"], prompts(spec.vocab_size), max_tokens=tokens, temperature=0, ignore_eos=True)
-    )
+    asked = prompts(spec.vocab_size)[:streams]
+    records = asyncio.run(stream_all(server.url, server.facts["model"], asked, max_tokens=tokens, temperature=0, ignore_eos=True))
     errors = [record.error for record in records if record.error]
     assert not errors, errors[0]
     return records, time.monotonic() - began
 
 
-async def _with_kill(server: ServerProcess, spec: ModelSpec, tokens: int, rank: int, after: int) -> tuple[list[StreamRecord], float]:
-    asked = prompts(spec.vocab_size)
+async def _with_kill(server: ServerProcess, asked: list[list[int]], tokens: int, rank: int, after: int) -> tuple[list[StreamRecord], float]:
     streams = asyncio.create_task(stream_all(server.url, server.facts["model"], asked, max_tokens=tokens, temperature=0, ignore_eos=True))
     start = (await asyncio.to_thread(server.status))["tokens_committed"]
     pid = server.rank_pid(rank)
@@ -80,7 +81,7 @@ async def _with_kill(server: ServerProcess, spec: ModelSpec, tokens: int, rank: 
 def kill(server: ServerProcess, spec: ModelSpec, tokens: int, expected: list[StreamRecord], rank: int) -> dict[str, Any]:
     """kill -9 of a rank amid the streams, and what came of it until the last one ended."""
     before = len(server.status()["recoveries"])
-    records, killed = asyncio.run(_with_kill(server, spec, tokens, rank, NUM_STREAMS * tokens // 4))
+    records, killed = asyncio.run(_with_kill(server, prompts(spec.vocab_size), tokens, rank, NUM_STREAMS * tokens // 4))
     differing = sum(a.token_ids != b.token_ids for a, b in zip(records, expected, strict=True))
     recovery = next(r for r in server.status()["recoveries"][before:] if rank in r["ranks"] and r["tier"] < 2)
     quiet = [gap for record in expected for gap in record.gaps_s[1:]]
@@ -132,6 +133,33 @@ def deaths(
     return {**quiet, "kills": found, "rejoin_stalls_ms": [r["stall_ms"] for r in rejoins]}
 
 
+def rejoin(folder: Path, spec: ModelSpec, ranks: int, tokens: int) -> dict[str, Any]:
+    """kill -9 under a few long streams, which go on while the replacement starts, enters and takes its experts back: their longest gap."""
+    redundant = -(-spec.num_experts // (ranks - 1)) * ranks - spec.num_experts
+    room = str(REJOIN_STREAMS * (PROMPT_TOKENS + tokens))  # a rank may have to hold all of them
+    more = ("--ep-size", str(ranks), "--host-backup", "experts", "--kv-tokens", room)
+    with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
+        server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
+        expected, _ = run(server, spec, tokens, REJOIN_STREAMS)
+        asked = prompts(spec.vocab_size)[:REJOIN_STREAMS]
+        records, killed = asyncio.run(_with_kill(server, asked, tokens, 1, REJOIN_STREAMS * tokens // 20))
+        status = server.status()
+    step_s = float(np.median([gap for record in expected for gap in record.gaps_s[1:]]))
+    gaps = [(b - a, a - killed) for r in records for a, b in zip(r.times, r.times[1:], strict=False) if a > killed + SETTLED_S]
+    longest, at = max(gaps)
+    return {
+        "step_ms": 1e3 * step_s,
+        "longest_quiet_gap_ms": 1e3 * max(gap for record in expected for gap in record.gaps_s[1:]),
+        "longest_gap_ms": 1e3 * longest,
+        "longest_gap_steps": longest / step_s,
+        "longest_gap_s_after_kill": at,
+        "streams_ended_s_after_kill": max(record.times[-1] for record in records) - killed,
+        "active_when_streams_ended": sum(status["active_ranks"]),
+        "rejoin_stalls_ms": [r["stall_ms"] for r in status["recoveries"] if r["kind"] == "rejoin"],
+        "differing_streams": sum(a.token_ids != b.token_ids for a, b in zip(records, expected, strict=True)),
+    }
+
+
 def random_kills(folder: Path, spec: ModelSpec, runs: int, seconds: float) -> dict[str, Any]:
     """Each run: all streams at once, a rank that lives killed at a random moment; the next run begins whoever is back by then."""
     rng, tokens, differing, waits, done = random.Random(7), 24, 0, 0, 0
@@ -146,7 +174,9 @@ def random_kills(folder: Path, spec: ModelSpec, runs: int, seconds: float) -> di
                 waits += 1
                 status = server.wait_status(lambda s: sum(s["active_ranks"]) >= 2, 60)
             rank = rng.choice([r for r, active in enumerate(status["active_ranks"]) if active])
-            records, _ = asyncio.run(_with_kill(server, spec, tokens, rank, rng.randrange(NUM_STREAMS * tokens * 3 // 4)))
+            records, _ = asyncio.run(
+                _with_kill(server, prompts(spec.vocab_size), tokens, rank, rng.randrange(NUM_STREAMS * tokens * 3 // 4))
+            )
             assert not any(record.error for record in records), [record.error for record in records]
             differing += sum(a.token_ids != b.token_ids for a, b in zip(records, expected, strict=True))
         status = server.status()
@@ -229,6 +259,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4, help="of the parts that have several")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--rejoin-tokens", type=int, default=1024, help="of each stream in the part `rejoin`: enough to outlast it")
     parser.add_argument("--runs", type=int, default=200, help="of the part `random`")
     parser.add_argument("--seconds", type=float, default=600.0, help="after so long the part `random` begins no further run")
     parser.add_argument("--share", choices=("service", "slices"), default="service", help="how ranks share the GPU")
@@ -268,6 +299,7 @@ def main() -> None:
         "replicas": lambda: deaths(*kills, replicas=True),
         "lost": lambda: deaths(*kills, replicas=False, backup="experts"),
         "lost-files": lambda: deaths(*kills, replicas=False),
+        "rejoin": lambda: rejoin(folder, spec, args.ranks, args.rejoin_tokens),
     }
     for part in args.parts.split(","):
         began = time.monotonic()
