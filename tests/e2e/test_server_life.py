@@ -176,6 +176,23 @@ def test_ranks_end_when_the_controller_is_killed(checkpoint):
         wait_gone(pids, 5.0)
 
 
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def test_a_stopped_launcher_keeps_no_seat_empty(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2", "--num-redundant-experts", "8") as server:
+        (launcher,) = children(server.process.pid)
+        os.kill(launcher, signal.SIGSTOP)
+        server.signal_rank(1)
+        status = server.wait_status(lambda s: s["active_ranks"] == [1, 1] and s["ranks"][1]["incarnation"] > 0)
+        assert status["phase"] == "serving"
+        assert children(server.process.pid) != [launcher]
+        server.stop()
+    assert f"the launcher, process {launcher}, is stopped by a signal" in server.stderr
+
+
 def test_ranks_that_cannot_start_end_the_server(checkpoint):
     faults = [word for rank in range(2) for word in ("--fault", f"{rank}:dense_loaded:kill:1")]
     result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0", "--ep-size", "2", "--restart", "never", *faults)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -15,8 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_ep.runtime.launch.lives import Lives
+from elastic_ep.runtime.launch.process import process_state
 from elastic_ep.runtime.launch.zygote import MAX_PACKET_BYTES
 
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+"""a rank that was asked for so long ago and is not there: what is the zygote doing?"""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 
@@ -84,6 +90,18 @@ class Launcher:
         order = {"rank": rank, "incarnation": incarnation, "cell": cell, "target": target, "config": config}
         self._outbox.append(json.dumps(order).encode())
         self._write()
+        assert self._loop is not None
+        self._loop.call_later(LOOK_S, self._look, rank, incarnation)
+
+    def _look(self, rank: int, incarnation: int) -> None:
+        """Until it has answered. A zygote that a signal holds up would start neither this process nor any that is asked for later."""
+        if (rank, incarnation) not in self._cells or self._sock is None or self._process is None or self._loop is None:
+            return
+        if process_state(self._process.pid).letter in ("T", "t"):
+            log.error("the launcher, process %d, is stopped by a signal; it is ended, another starts with the next rank", self._process.pid)
+            self._process.kill()
+            return
+        self._loop.call_later(LOOK_S, self._look, rank, incarnation)
 
     def _write(self) -> None:
         """Send what fits. A zygote that is still importing reads nothing, and its socket is small."""

@@ -65,14 +65,19 @@ class LocalProcess:
             self._fd = -1
 
     def state(self) -> ProcessState:
-        """What the kernel says of it now (proc(5))."""
-        try:
-            with open(f"/proc/{self.pid}/stat", encoding="ascii", errors="replace") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            return ProcessState("", True, "")
-        ending = bool(int(fields[_FLAGS]) & _PF_EXITING) or fields[0] in "ZX"
-        return ProcessState(fields[0], ending, describe_exit(int(fields[_EXIT_CODE])) if ending else "")
+        """What the kernel says of it now."""
+        return process_state(self.pid)
+
+
+def process_state(pid: int) -> ProcessState:
+    """See proc(5). A process that is gone has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return ProcessState("", True, "")
+    ending = bool(int(fields[_FLAGS]) & _PF_EXITING) or fields[0] in "ZX"
+    return ProcessState(fields[0], ending, describe_exit(int(fields[_EXIT_CODE])) if ending else "")
 
 
 def describe_exit(wait_status: int) -> str:
