@@ -167,6 +167,11 @@ class ServeConfig:
             )
         return Topology((per_rank,) * self.ep_size, {} if self.remote is None else {"node": self.remote.labels(self.ep_size)})
 
+    def host_slots(self, num_experts: int) -> int:
+        """Slots of a layer that this host's memory holds: none if they are on GPUs."""
+        local = self.ep_size - (0 if self.remote is None else self.remote.num_ranks)
+        return sum(self.topology(num_experts).slots_per_rank[:local]) if self.device == "cpu" else 0
+
     def model_len(self, spec: ModelSpec) -> int:
         """Longest prompt + completion: what the model, the KV and `--max-model-len` allow."""
         limit = min(spec.max_positions, self.limits().kv_tokens)

@@ -119,7 +119,8 @@ class Controller:
         self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
         if self.config.host_backup == "experts":
             shape = (self.spec.num_layers, self.spec.num_experts, self.spec.slot_bytes(self.config.dtype))
-            self._backup_fd = HostBackup.create(*shape)
+            slots = self.config.host_slots(self.spec.num_experts) * self.spec.num_layers
+            self._backup_fd = HostBackup.create(*shape, beside=slots * shape[2])
             self._backup = HostBackup(self._backup_fd, *shape)
             log.warning("host backup: %d bytes of this host's memory for all experts, filled while serving", self._backup.num_bytes)
         if self.config.dispatch in INTEGRATED:

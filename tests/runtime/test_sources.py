@@ -17,7 +17,7 @@ from elastic_ep.core.errors import CheckpointError, InvalidInputError, WrongExpe
 from elastic_ep.runtime.upkeep import IDLE_S, Upkeep
 from elastic_ep.runtime.weights.base import Loaded, digest_of, read_verified
 from elastic_ep.runtime.weights.digest import Read
-from elastic_ep.runtime.weights.host import HostBackup
+from elastic_ep.runtime.weights.host import HostBackup, _available_bytes
 from elastic_ep.runtime.weights.pages import _COLLAPSE, HUGE_PAGE, SharedPages, _libc
 from elastic_ep.runtime.weights.peer import PeerServer
 from elastic_ep.runtime.weights.peer_memory import MemoryAccess, allow_reading
@@ -357,6 +357,30 @@ def _huge_bytes() -> int:
 def test_a_backup_that_the_host_cannot_hold_is_refused():
     with pytest.raises(InvalidInputError, match=r"--host-backup experts needs .* bytes, this host has"):
         HostBackup.create(1 << 20, 1 << 10, 1 << 20)
+
+
+def test_a_backup_leaves_room_for_the_slots():
+    with pytest.raises(InvalidInputError, match=rf"needs \d+ bytes, beside {1 << 50} of the slots of this host's ranks, this host has"):
+        HostBackup.create(1, 1, 1, beside=1 << 50)
+
+
+def test_a_container_has_what_its_control_group_allows(tmp_path):
+    """The cache that the group could give back counts; a limit of a group above holds too; the tightest decides."""
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    inner = groups / "pods" / "one"
+    for folder in (proc / "self", inner):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  8000 kB\n")
+    (proc / "self" / "cgroup").write_text("3:cpuset:/\n0::/pods/one\n")
+    assert _available_bytes(proc, groups) == 8000 * 1024
+    for group, most, used in ((inner, "max", 5), (inner.parent, "7000000", 2000000)):
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text("anon 3\ninactive_file 500000\n")
+    assert _available_bytes(proc, groups) == 5500000
+    (inner / "memory.max").write_text("1000\n")
+    (inner / "memory.stat").write_text("anon 3\n")
+    assert _available_bytes(proc, groups) == 995
 
 
 def test_a_flipped_bit_in_a_slot_is_found():

@@ -10,9 +10,11 @@ same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,13 +60,18 @@ class HostBackup:
         self._slots: NDArray[np.uint8] = memory[start:].reshape(num_layers, num_experts, slot_bytes)
 
     @staticmethod
-    def create(num_layers: int, num_experts: int, slot_bytes: int) -> int:
-        """The file descriptor of an empty backup. Memory is taken as it fills. Raises InvalidInputError when the host has too little."""
+    def create(num_layers: int, num_experts: int, slot_bytes: int, *, beside: int = 0) -> int:
+        """The file descriptor of an empty backup. Memory is taken as it fills.
+
+        Raises InvalidInputError when the host has too little for it and for the `beside` bytes that its ranks' slots will take.
+        """
         num_bytes, _ = _sizes(num_layers * num_experts, slot_bytes)
         free = _available_bytes()
-        if num_bytes > free:
+        if num_bytes + beside > free:
+            slots = f", beside {beside} of the slots of this host's ranks" if beside else ""
             raise InvalidInputError(
-                f"--host-backup experts needs {num_bytes} bytes, this host has {free} available; give --host-backup off, or free memory"
+                f"--host-backup experts needs {num_bytes} bytes{slots}, this host has {free} available; "
+                f"give --host-backup off, or free memory"
             )
         fd = os.memfd_create("elastic-ep-experts", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -123,9 +130,23 @@ def _sizes(count: int, slot_bytes: int) -> tuple[int, int]:
     return file_bytes(start + count * slot_bytes), start
 
 
-def _available_bytes() -> int:
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 62
+def _available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """What this process could still get of the host's memory, or of its control group's (version 2), as in a container."""
+    meminfo = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines() if ":" in line)
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in meminfo else 1 << 62
+    with contextlib.suppress(OSError):  # a kernel without groups
+        for line in (proc / "self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                inner = groups / line.removeprefix("0::/")
+                free = min(free, *(_room(group) for group in (inner, *inner.parents) if group.is_relative_to(groups)))
+    return free
+
+
+def _room(group: Path) -> int:
+    """Bytes that a control group may still take, its cache of files given back."""
+    try:
+        most, used = (int((group / file).read_text()) for file in ("memory.max", "memory.current"))
+        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit, or none that can be seen
+        return 1 << 62
+    return most - used + int(cache.get("inactive_file", 0))
