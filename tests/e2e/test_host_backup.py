@@ -15,28 +15,29 @@ from tests.e2e.test_streams import committed, run_streams
 NAME = "memfd:elastic-ep-experts"
 
 
-def holders() -> set[int]:
-    """Processes that have a backup open or mapped."""
-    found = set()
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                open_files = [os.readlink(fd) for fd in (process / "fd").iterdir()]
-                if any(NAME in file for file in open_files) or NAME in (process / "maps").read_text():
-                    found.add(int(process.name))
-            except OSError:
-                continue
-    return found
+def inodes(process: Path) -> set[int]:
+    """Of the backups that a process has open or mapped."""
+    try:
+        found = {os.stat(fd).st_ino for fd in (process / "fd").iterdir() if NAME in os.readlink(fd)}
+        return found | {int(line.split()[4]) for line in (process / "maps").read_text().splitlines() if NAME in line}
+    except OSError:
+        return set()
+
+
+def holders(inode: int) -> set[int]:
+    """Processes that have this backup."""
+    return {int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit() and inode in inodes(process)}
 
 
 def test_lost_experts_come_from_the_hosts_memory(checkpoint):
-    asked, before = prompts(16), holders()
+    asked = prompts(16)
     arguments = ("--ep-size", "4", "--host-backup", "experts", "--restart", "never")
     with ServerProcess(checkpoint("mixtral"), *arguments) as server:
         backup = server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"])["host_backup"]
         layers, experts = server.facts["layers"], server.facts["experts"]
         assert backup["of"] == layers * experts
-        assert len(holders() - before) >= 5, "the controller and every rank have it"
+        (inode,) = inodes(Path(f"/proc/{server.process.pid}"))
+        assert len(holders(inode)) >= 5, "the controller and every rank have it"
 
         async def kill() -> None:
             await committed(server, 200)
@@ -48,7 +49,7 @@ def test_lost_experts_come_from_the_hosts_memory(checkpoint):
         assert recovery["bytes_moved"]["checkpoint"] == 0
         server.process.send_signal(signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while holders() - before:
-            assert time.monotonic() < deadline, holders() - before
+        while holders(inode):
+            assert time.monotonic() < deadline, holders(inode)
             time.sleep(0.05)
     assert disturbed[:8] == reference(checkpoint("mixtral"), 8)
