@@ -168,7 +168,7 @@ class KernelMaskedDispatcher(abc.ABC):
             self._rendezvous = Rendezvous(self.store, self.kind, self.rank, repr(self.capacity))
         return self._rendezvous.address
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> PeerFailed | Interrupted | None:
         """See `Dispatcher.connect`. What the library itself waits for in between is bounded by its own timeouts."""
         deadline = time.monotonic() + deadline_s
         self.listen()

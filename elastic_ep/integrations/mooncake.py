@@ -109,13 +109,13 @@ class MooncakeDispatcher(KernelMaskedDispatcher):
     def _load(self) -> None:
         self._library = self._library or Mooncake()
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> Any:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> Any:
         """See `KernelMaskedDispatcher.connect`. The founding epoch names all ranks."""
         self.listen()
         if self._buffer is None:
             # looked up before the first meeting: nobody can have founded the group we are a founder of
             self._joins = self.store.check([_FOUNDED])
-        return super().connect(peers, deadline_s)
+        return super().connect(peers, deadline_s, epoch=epoch)
 
     def _enrol(self, others: Mapping[int, str], deadline: float) -> dict[int, FailureKind]:
         if self._buffer is None:

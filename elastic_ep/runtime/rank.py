@@ -182,7 +182,7 @@ class Rank:
         self.faults.reach("install_begin", epoch=order.epoch)
         self.epoch = order.epoch
         self.stager.cancel()
-        linked = self.dispatcher.connect(order.peers, order.deadline_s)
+        linked = self.dispatcher.connect(order.peers, order.deadline_s, epoch=order.epoch)
         if isinstance(linked, PeerFailed):
             return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
         self.faults.reach("install_connected", epoch=order.epoch)

@@ -53,7 +53,7 @@ class CpuFront:
     def listen(self) -> str:
         return self.inner.listen()
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> Any:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> Any:
         with self._stream:
             return self.inner.connect(peers, deadline_s)
 

@@ -207,8 +207,8 @@ def rank_main(pipe: Connection, backend: str, rank: int, address: str, options: 
         pipe.send(dispatcher.address)
         while True:
             match pipe.recv():
-                case ("connect", peers, deadline_s):
-                    pipe.send(dispatcher.connect(peers, deadline_s))
+                case ("connect", peers, deadline_s, epoch):
+                    pipe.send(dispatcher.connect(peers, deadline_s, epoch=epoch))
                 case ("steps", steps, fault):
                     pipe.send([run_step(dispatcher, rank, step, fault) for step in steps])
                 case None:
@@ -275,7 +275,7 @@ class Ranks:
         ranks = list(ranks)
         peers = {r: self.members[r].address for r in ranks}
         for rank in ranks:
-            self.tell(rank, "connect", peers, deadline_s)
+            self.tell(rank, "connect", peers, deadline_s, self.epoch)
         assert {r: self.answer(r) for r in ranks} == dict.fromkeys(ranks)
 
     def step(self, ranks: Iterable[int], **shape: Any) -> Step:

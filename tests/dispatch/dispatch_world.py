@@ -40,14 +40,16 @@ class World:
     def __init__(self, dispatchers: dict[int, Dispatcher], addresses: dict[int, str]):
         self.dispatchers = dispatchers
         self.addresses = addresses
+        self.epoch = 0
 
     @property
     def ranks(self) -> list[int]:
         return sorted(self.dispatchers)
 
     def connect(self) -> dict[int, Any]:
+        self.epoch += 1
         peers = {r: self.addresses[r] for r in self.dispatchers}
-        return run_ranks({r: lambda d=d: d.connect(peers, CONNECT_S) for r, d in self.dispatchers.items()})
+        return run_ranks({r: lambda d=d: d.connect(peers, CONNECT_S, epoch=self.epoch) for r, d in self.dispatchers.items()})
 
     def close(self) -> None:
         for dispatcher in self.dispatchers.values():

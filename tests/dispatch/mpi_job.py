@@ -157,8 +157,8 @@ class RemoteDispatcher:
             raise answer
         return answer
 
-    def connect(self, peers: dict[int, str], deadline_s: float) -> Any:
-        return self._call("connect", peers, deadline_s)
+    def connect(self, peers: dict[int, str], deadline_s: float, *, epoch: int) -> Any:
+        return self._call("connect", peers, deadline_s, epoch)
 
     def dispatch(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint) -> Any:
         return self._call("dispatch", x, topk_ids, topk_weights, routing, at)

@@ -38,8 +38,8 @@ class Server:
         self.dispatcher, self.handles = MpiDispatcher(rank, **options), {}
         return self.dispatcher.listen()
 
-    def connect(self, *args: Any) -> Any:
-        return self.dispatcher.connect(*args)
+    def connect(self, peers: dict[int, str], deadline_s: float, epoch: int) -> Any:
+        return self.dispatcher.connect(peers, deadline_s, epoch=epoch)
 
     def steps(self, steps: list[Any], fault: Any) -> list[Any]:
         return [self.run_step(self.dispatcher, self.dispatcher.rank, step, fault) for step in steps]

@@ -99,12 +99,53 @@ def test_a_rank_that_left_and_came_back_is_heard_by_ranks_that_saw_neither(ranks
         ranks.check_steps(present, 1)
 
 
+def test_one_rank_is_in_the_next_connect_while_another_is_still_in_the_last(ranks: Ranks) -> None:
+    """Rank 3 does not come. Rank 0 gives it up before rank 1 does, and is told to go on without waiting for that."""
+    given_up = PeerFailed({3: FailureKind.DEADLINE})
+    three = {r: ranks.members[r].address for r in (0, 1, 3)}
+    ranks.epoch += 2
+    for rank, deadline_s in ((0, 0.1), (1, 0.5)):
+        ranks.tell(rank, "connect", three, deadline_s, ranks.epoch - 1)
+    assert ranks.answer(0) == given_up
+    for rank in (0, 1):
+        ranks.tell(rank, "connect", {r: three[r] for r in (0, 1)}, 5.0, ranks.epoch)
+    assert [ranks.answer(rank) for rank in (1, 0, 1)] == [given_up, None, None]
+    ranks.check_steps([0, 1], 3)
+    ranks.tell(0, "connect", three, 1.0, ranks.epoch)
+    with pytest.raises(InvalidInputError, match="give each a higher one"):
+        ranks.answer(0)
+
+
+def test_a_process_in_another_seat_than_before_is_no_stranger(ranks: Ranks) -> None:
+    """What it said in its old seat, and what was said to that, is still to be read."""
+    ranks.members[1], ranks.members[2] = ranks.members[2], ranks.members[1]
+    restart(ranks, 1, ranks.options)
+    restart(ranks, 2, ranks.options)
+    ranks.install(SEATS, deadline_s=5.0)
+    ranks.check_steps(SEATS, 1)
+
+
+def test_rows_that_nobody_has_read_outlive_their_dispatcher(ranks: Ranks) -> None:
+    """MPI reads them from where they were when they are asked for at last, in the next connect of a rank that did not come to the step."""
+    restart(ranks, 0, ranks.options | {"deadline_s": 0.1})
+    for _ in range(5):
+        ranks.install([0, 1])
+        ranks.tell(0, "steps", [ranks.step([0, 1], **BIG)], None)
+        (report,) = ranks.answer(0)
+        assert report.outcome == PeerFailed({1: FailureKind.DEADLINE})
+        restart(ranks, 0, ranks.options | {"deadline_s": 0.1})
+    ranks.install([0, 1], deadline_s=5.0)
+    restart(ranks, 0, ranks.options)
+    ranks.install([0, 1], deadline_s=5.0)
+    ranks.check_steps([0, 1], 3, **BIG)
+
+
 def test_a_word_from_the_controller_ends_a_wait(ranks: Ranks) -> None:
     """The pipe of rank 0 stands for its control channel; rank 1 never comes to the step."""
     restart(ranks, 0, {"interruptible": True})
     ranks.install([0, 1])
     ranks.tell(0, "steps", [ranks.step([0, 1])], None)
-    ranks.tell(0, "connect", {0: ranks.members[0].address}, CONNECT_S)
+    ranks.tell(0, "connect", {0: ranks.members[0].address}, CONNECT_S, ranks.epoch + 1)
     (report,) = ranks.answer(0)
     assert report.outcome == Interrupted()
     assert ranks.answer(0) is None
@@ -112,7 +153,7 @@ def test_a_word_from_the_controller_ends_a_wait(ranks: Ranks) -> None:
 
 def test_a_process_that_does_not_exist_or_two_ranks_in_one_are_refused(ranks: Ranks) -> None:
     for peers, words in (({0: "mpi:99"}, "no process"), ({1: "unix:a"}, "no process"), ({1: "mpi:1", 2: "mpi:1"}, "its own process")):
-        ranks.tell(0, "connect", peers, 1.0)
+        ranks.tell(0, "connect", peers, 1.0, ranks.epoch + 1)
         with pytest.raises(InvalidInputError, match=words):
             ranks.answer(0)
 
@@ -136,7 +177,8 @@ def test_two_killed_at_once_then_one_that_nobody_waits_for(ranks: Ranks) -> None
     ranks.members[2].process.kill()
     ranks.wait_dead(2)
     begin = time.monotonic()
-    ranks.tell(1, "connect", peers, CONNECT_S)
+    ranks.epoch += 1
+    ranks.tell(1, "connect", peers, CONNECT_S, ranks.epoch)
     assert ranks.answer(1) == PeerFailed({2: FailureKind.CLOSED})
     assert time.monotonic() - begin < CONNECT_S / 2
     ranks.install([1])

@@ -336,6 +336,45 @@ def test_an_interrupt_between_a_call_and_its_answer_parts_nobody(parted: World) 
     check_layer(parted, epoch=2)
 
 
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+def test_a_deadline_between_a_call_and_its_answer_parts_nobody(folder: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 has answered rank 1's call, and is done; before rank 1 reads the answer its deadline passes, since a third rank is missing."""
+    zero, one = (SocketDispatcher(r, f"unix:{folder}/{r}" if scheme == "unix" else "tcp:127.0.0.1:0", token=TOKEN) for r in (0, 1))
+    with contextlib.closing(World({0: zero, 1: one}, {0: zero.listen(), 1: one.listen()})) as world:
+        poll, answered = one._mesh._poll, []
+
+        def late_poll(calls: Any, *rest: Any) -> Any:
+            if not answered and any(call._sent for call in calls):
+                answered.append(zero.connect(world.addresses, 10.0))
+                return {}
+            return {fd: what for fd, what in poll(calls, *rest).items() if len(answered) != 1}
+
+        monkeypatch.setattr(one._mesh, "_poll", late_poll)
+        missing = world.addresses | {2: f"unix:{folder}/2" if scheme == "unix" else "tcp:127.0.0.1:1"}
+        assert one.connect(missing, 0.2) == PeerFailed({0: FailureKind.DEADLINE, 2: FailureKind.DEADLINE})
+        answered.append(None)
+        assert zero.connect(world.addresses, 10.0) is None
+        assert one.connect(world.addresses, 1.0) is None
+        check_layer(world, epoch=2)
+
+
+def test_an_answer_that_came_while_the_rank_was_stopped_past_its_deadline_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero, one = (SocketDispatcher(r, f"unix:{folder}/{r}", token=TOKEN) for r in (0, 1))
+    with contextlib.closing(World({0: zero, 1: one}, {0: zero.listen(), 1: one.listen()})) as world:
+        poll, answered = one._mesh._poll, []
+
+        def stopped_poll(calls: Any, *rest: Any) -> Any:
+            if not answered and any(call._sent for call in calls):
+                answered.append(zero.connect(world.addresses, 10.0))
+                time.sleep(0.3)
+                return {}
+            return poll(calls, *rest)
+
+        monkeypatch.setattr(one._mesh, "_poll", stopped_poll)
+        assert one.connect(world.addresses, 0.2) is None
+        assert answered == [None]
+
+
 def test_an_old_answer_of_a_peer_that_has_hung_up_is_no_channel(parted: World) -> None:
     """Rank 0 has done without rank 1 since, and wants it again."""
     zero, one = parted.dispatchers[0], parted.dispatchers[1]

@@ -234,7 +234,7 @@ class DeviceEngine(ElasticEngine):
 class _Nowhere:
     """A dispatcher without ranks: nothing arrives, and zeros come back."""
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> None:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> None:
         """Nobody to connect."""
 
     def dispatch(

@@ -75,15 +75,17 @@ class Dispatcher(Protocol):
     """A backend. Four methods; constructors do no I/O.
 
     `connect` makes the mesh match the given peers: dials or accepts those not connected yet and closes the channel to every rank
-    not named (a dead rank that wakes up finds its channels closed). It is called at start and with each new epoch; peers that stay
-    keep their connections. Returns the peers that could not be reached before `deadline_s`.
+    not named (a dead rank that wakes up finds its channels closed). It is called at start and with each new epoch, on every rank that it
+    names; peers that stay keep their connections. Returns the peers that could not be reached before `deadline_s`. A rank that was left out
+    and is still the same process is named again only when the others have ended the connect without it. Where channels cannot be closed
+    ranks know each other's connects by `epoch`, which grows from call to call; other backends do without.
 
     Points must grow from call to call, and a void step is run again under a later one: frames of older points are dropped. No rank may
     begin a new step before every rank has ended the void one (the controller waits for their answers), as rows may be read in place.
     A partial result is for looking at, not for `combine`.
     """
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None: ...
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int) -> PeerFailed | Interrupted | None: ...
 
     def dispatch(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 
 from elastic_ep.runtime.dispatch import addresses, handshake
 from elastic_ep.runtime.dispatch.base import FailureKind
-from elastic_ep.runtime.dispatch.outbox import Inbox, Outbox, OutboxError
+from elastic_ep.runtime.dispatch.outbox import Inbox, Outbox, OutboxError, reserve
 
 _RETRY_MIN_S = 0.001
 _RETRY_MAX_S = 0.02
@@ -58,6 +59,7 @@ class Call:
         """why there is no channel yet"""
         self._pause_s = _RETRY_MIN_S
         self._share = True
+        self._room: mmap.mmap | None = None
         self._hello = b""
         self._sent = False
         self._answer: Pickup | None = None
@@ -66,12 +68,16 @@ class Call:
     def wants_to_write(self) -> bool:
         return not self._sent
 
+    @property
+    def has_spoken(self) -> bool:
+        """Whether the peer may be answering."""
+        return self._sent and self.sock is not None
+
     def start(self, own_rank: int, own_address: str, token: str, outbox: Outbox | None, now: float) -> None:
         """Begin an attempt. A peer that does not listen yet only sets `retry_at`."""
         endpoint = addresses.parse_address(self.address)
         self.sock = addresses.new_socket(endpoint)
-        self._share = self._share and outbox is not None and endpoint.family == socket.AF_UNIX
-        region_bytes = outbox.region_bytes if outbox is not None and self._share else 0
+        region_bytes = self._offer(outbox if endpoint.family == socket.AF_UNIX else None)
         self._hello = handshake.pack_hello(own_rank, own_address, self.rank, self.address, region_bytes, token)
         self._sent = False
         self._answer = Pickup(self.sock, handshake.WELCOME_BYTES)
@@ -80,6 +86,23 @@ class Call:
         except OSError as error:
             if error.errno != errno.EINPROGRESS:
                 self.hang_up(now, FailureKind.DEADLINE)
+
+    def _offer(self, outbox: Outbox | None) -> int:
+        """Bytes of the regions that we offer to share. A listener that accepts is done when it has answered, and will not hear that we lack
+        the room for its own: it is held from now on."""
+        if outbox is None or not self._share:
+            self._share = False
+            return 0
+        try:
+            self._room = self._room or reserve(outbox.region_bytes)
+        except OutboxError:
+            self._share = False
+        return outbox.region_bytes if self._share else 0
+
+    def _free_room(self) -> None:
+        if self._room is not None:
+            self._room.close()
+            self._room = None
 
     def hang_up(self, now: float, outcome: FailureKind) -> None:
         """This attempt failed."""
@@ -108,6 +131,7 @@ class Call:
         if region_bytes is None:
             self.hang_up(now, FailureKind.PROTOCOL)
             return None
+        self._free_room()
         try:
             inbox = self._answer.map_outbox(region_bytes) if region_bytes else None
         except OutboxError:
@@ -120,6 +144,7 @@ class Call:
         return sock, inbox
 
     def close(self) -> None:
+        self._free_room()
         if self._answer is not None:
             self._answer.drop_fds()
         if self.sock is not None:

@@ -21,8 +21,8 @@ class FaultyDispatcher:
     def listen(self) -> str:
         return self._inner.listen()
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
-        return self._inner.connect(peers, deadline_s)
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> PeerFailed | Interrupted | None:
+        return self._inner.connect(peers, deadline_s, epoch=epoch)
 
     def dispatch(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, routing: RoutingTable, at: StepPoint

@@ -32,7 +32,7 @@ class LocalDispatcher:
         self._routing: RoutingTable | None = None
         self._served: list[NDArray[np.bool_]] = []
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> None:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> None:
         """There is nobody to dial. Raises InvalidInputError if `peers` names anyone but rank 0."""
         if set(peers) - {0}:
             raise InvalidInputError(f"the local backend is rank 0 of 1, asked to connect ranks {sorted(peers)}; use the socket backend")

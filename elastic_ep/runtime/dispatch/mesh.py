@@ -101,13 +101,12 @@ class Mesh:
         finally:
             for guest in guests.values():
                 guest.close()
-            if not isinstance(met, Interrupted):
-                self._hang_up()
+            self._hang_up({call.rank: call.address for call in self._calls.values() if met is not None and call.has_spoken})
         return met
 
     def _hang_up(self, but: Mapping[int, str] | None = None) -> None:
-        """End the calls under way but those to these ranks at these addresses. A call that an interrupt cut short is kept: the peer may
-        have answered already and count the channel as made, so that hanging up would leave it waiting for nobody."""
+        """End the calls under way but those to these ranks at these addresses. One that an interrupt or the deadline cut short is kept
+        if it has spoken: the peer may have answered already and count the channel as made; hanging up would leave it waiting for nobody."""
         for rank, call in list(self._calls.items()):
             if but is None or but.get(rank) != call.address:
                 self._calls.pop(rank).close()
@@ -126,6 +125,7 @@ class Mesh:
     def _meet(self, calls: dict[int, Call], guests: dict[int, Guest], deadline: float) -> PeerFailed | Interrupted | None:
         """Call and answer until every peer has a channel, the deadline passes or the interrupt fires."""
         self._accept(guests)
+        last_look = False
         while True:
             now = time.monotonic()
             if self.channels.keys() >= self.peers.keys():
@@ -133,8 +133,9 @@ class Mesh:
             missing = [rank for rank in self.peers if rank not in self.channels]
             if not missing:
                 return None
-            if now >= deadline:
+            if last_look:
                 return PeerFailed({r: calls[r].outcome if r in calls else FailureKind.DEADLINE for r in missing})
+            last_look = now >= deadline  # this process may have been stopped past it, with all answers waiting to be read
             due = [calls[r] for r in missing if r in calls]
             for call in due:
                 if call.sock is None and now >= call.retry_at:

@@ -75,6 +75,7 @@ class MpiDispatcher:
             self._interrupt.register(interrupt, select.POLLIN)
         self._links: dict[int, Link] = {}
         self._peers: dict[int, Link] = {}
+        self._epoch = -1
         self._last_key = FrameKey(-1, -1, -1, -1)
         self._grouped = RowBuffer()
         self._used: list[tuple[Link, NDArray[np.uint8]]] = []
@@ -103,13 +104,16 @@ class MpiDispatcher:
             self._comm.Set_errhandler(self._mpi.ERRORS_RETURN)
         return self.address
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
-        """See `Dispatcher.connect`. A process that MPI knows to be dead is named at once."""
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int) -> PeerFailed | Interrupted | None:
+        """See `Dispatcher.connect`. A process that MPI knows to be dead is named at once. Raises InvalidInputError."""
         self.listen()
         deadline = time.monotonic() + deadline_s
         places = {seat: self._place_of(address) for seat, address in peers.items()}
         if places.pop(self.rank, self._comm.rank) != self._comm.rank or len({self._comm.rank, *places.values()}) <= len(places):
             raise InvalidInputError(f"rank {self.rank} is {self.address}, peers are {dict(peers)}; give each rank its own process")
+        if epoch <= self._epoch:
+            raise InvalidInputError(f"connect for epoch {epoch} does not come after that for epoch {self._epoch}; give each a higher one")
+        self._epoch = epoch
         for link in self._links.values():
             if places.get(link.seat) != link.place:
                 self._drop(link)
@@ -118,16 +122,17 @@ class MpiDispatcher:
         failed: dict[int, FailureKind] = {}
         for seat, link in self._peers.items():
             link.seat = seat
-            link.call()
-        idle = 0
+            link.call(epoch)
+        idle, last_look = 0, False
         while True:
             for seat, link in self._peers.items():
                 if seat not in failed and (kind := self._greet(link)) is not None:
                     failed[seat] = kind
             missing = [seat for seat, link in self._peers.items() if seat not in failed and not link.is_open]
-            if not missing or time.monotonic() >= deadline:
+            if not missing or last_look:
                 failed.update(dict.fromkeys(missing, FailureKind.DEADLINE))
                 return PeerFailed(failed) if failed else None
+            last_look = time.monotonic() >= deadline
             if self._pause(idle := idle + 1):
                 return Interrupted()
 
@@ -135,7 +140,8 @@ class MpiDispatcher:
         """Tell every peer. The process stays in the MPI job until it ends."""
         for link in self._links.values():
             self._drop(link)
-        self._peers = {}
+            link.close()
+        self._links, self._peers = {}, {}
 
     def __enter__(self) -> MpiDispatcher:
         self.listen()
@@ -156,8 +162,8 @@ class MpiDispatcher:
             if link.dead:
                 return FailureKind.CLOSED
             link.greet()
-            while link.read(self._last_key):
-                link.greet()
+            while link.read(FrameKey(self._epoch, -1, -1, -1)):
+                pass
         except LinkGone as gone:
             if gone.kind is FailureKind.PROTOCOL:
                 self._refuse(link)

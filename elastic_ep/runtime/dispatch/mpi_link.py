@@ -3,8 +3,8 @@
 MPI cannot close a channel. A rank that drops another sends it a farewell, which the other takes for a closed channel when it reads it.
 
 What one process has sent is not seen by the other until that one asks MPI, and perhaps not at its first asking. So no rank may hold a link
-for open because it was open: in each `connect` the two call each other under numbers never used before, and each waits for the answer to
-its own. Whatever either had said earlier, a farewell too, has been read by then, since the messages of a rank are read in order.
+for open because it was open: in each `connect` each says hello with the epoch, and waits for the other's of that epoch or of a later one.
+Whatever the other had said earlier, a farewell too, has been read by then, since the messages of a rank are read in order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import struct
 import sys
-import time
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -24,11 +23,12 @@ from elastic_ep.runtime.dispatch.frames import HEADER_BYTES, FrameError, FrameFo
 
 TAG = 0x4550
 """of all our messages: one tag, so that the messages of a rank are read in the order it sent them"""
-_NOTICE = struct.Struct("<IBxxxiiqq")
-"""magic, kind, the sender's seat, the receiver's seat, the sender's call, the call of the receiver's that it answers (0: none)"""
+_NOTICE = struct.Struct("<IBxxxiiq")
+"""magic, kind, the sender's seat, the receiver's seat, epoch"""
 _MAGIC = 0x4D706546
 HELLO, FAREWELL = 1, 2
 MAX_BYTES = 2**31 - 1
+_NEVER = -1
 _MAX_HELD = 4
 """messages of later exchanges that wait for their turn; a rank that keeps in step is one ahead at most"""
 
@@ -60,6 +60,17 @@ class _Message(NamedTuple):
     bytes: NDArray[np.uint8]
 
 
+_unfinished: list[_Message] = []
+"""of links that are closed; MPI may still be reading or writing their bytes"""
+
+
+def _is_done(message: _Message) -> bool:
+    try:
+        return bool(message.request.Test())
+    except Exception:  # of MPI: the other end has died
+        return True
+
+
 class Link:
     """This rank's side of one process, kept for the life of the job: what an old epoch left in flight ends behind the new one's back."""
 
@@ -67,15 +78,11 @@ class Link:
         self.place = place
         self.own_seat = own_seat
         self.seat = -1
-        self.is_open = False
-        """the last `call` was answered, and nobody has said farewell since"""
         self.dead = False
         self.stale_frames = 0
-        self._call = 0
-        self._heard = 0
-        """its last call"""
-        self._said: tuple[int, int] | None = None
-        """our last hello: our call, and the one of its that we answered; None if there is none, or a farewell since"""
+        self._epoch = _NEVER
+        self._said = self._heard = _NEVER
+        """epoch of our last hello and of its last, if nobody has said farewell since"""
         self._mpi = mpi
         self._comm = comm
         self._outgoing: list[_Message] = []
@@ -98,30 +105,36 @@ class Link:
         except self._mpi.Exception as error:
             self._died(error)
 
-    def call(self) -> None:
-        """A `connect` begins: the link is shut until the other end answers."""
-        self.is_open = False
-        self._call = time.monotonic_ns()
+    @property
+    def is_open(self) -> bool:
+        """Whether both have said hello in the epoch of the last `call`. The other may be further: it is done with this one then."""
+        return self._said == self._epoch <= self._heard and not self.dead
+
+    def call(self, epoch: int) -> None:
+        """A `connect` begins: the link is shut until the other end has said hello in it."""
+        self._epoch = epoch
 
     def greet(self) -> None:
-        """Call, and answer what it has called, unless both are said."""
-        if self._said != (said := (self._call, self._heard)):
-            self._said = said
-            self._notify(HELLO, *said)
+        """Say hello, unless that is done."""
+        if self._said != self._epoch:
+            self._said = self._epoch
+            self._notify(HELLO, self._epoch)
 
     def drop(self) -> None:
         """Say farewell, unless nothing was said since the last. Raises LinkGone if it has died."""
-        was_linked = self._said is not None or self._heard != 0
-        self._part()
+        was_linked = self._said != _NEVER or self._heard != _NEVER
+        self._said = self._heard = _NEVER
         if was_linked and not self.dead:
-            self._notify(FAREWELL, 0, 0)
+            self._notify(FAREWELL, self._epoch)
 
-    def _part(self) -> None:
-        self.is_open = False
-        self._heard, self._said = 0, None
+    def close(self) -> None:
+        """The dispatcher goes, MPI stays: what it still reads or writes has to outlive us."""
+        _unfinished[:] = [message for message in _unfinished if not _is_done(message)]
+        _unfinished.extend(self._outgoing + self._incoming)
+        self._outgoing, self._incoming = [], []
 
-    def _notify(self, kind: int, *calls: int) -> None:
-        self.post(np.frombuffer(_NOTICE.pack(_MAGIC, kind, self.own_seat, self.seat, *calls), dtype=np.uint8))
+    def _notify(self, kind: int, epoch: int) -> None:
+        self.post(np.frombuffer(_NOTICE.pack(_MAGIC, kind, self.own_seat, self.seat, epoch), dtype=np.uint8))
 
     def is_sent(self) -> bool:
         """Whether all that was posted has left. A message to a process that is stopped stays, and keeps its buffer."""
@@ -155,15 +168,14 @@ class Link:
         try:
             message = self._received() or self._begun()
         except self._mpi.Exception as error:
-            self._incoming = []
+            self.close()
             self._died(error)
         if message is None:
             return False
         if len(message.bytes) == _NOTICE.size:
             self._obey(*_NOTICE.unpack(message.bytes.data))
         else:
-            self._hold(message.bytes)
-            self._forget(floor)
+            self._hold(message.bytes, floor)
         return True
 
     def _received(self) -> _Message | None:
@@ -176,22 +188,26 @@ class Link:
     def _begun(self) -> _Message | None:
         """Begin to receive what is there. Returns the first that is whole."""
         status = self._mpi.Status()
-        while (found := self._comm.Improbe(self.place, TAG, status)) is not None:
-            if len(self._incoming) == _MAX_HELD:
-                raise LinkGone(FailureKind.PROTOCOL)
+        while len(self._incoming) < _MAX_HELD and (found := self._comm.Improbe(self.place, TAG, status)) is not None:
             room = self.buffer("in", status.Get_count(self._mpi.BYTE))
             self._incoming.append(_Message(found.Irecv([room, self._mpi.BYTE]), room))
             if (message := self._received()) is not None:
                 return message
         return None
 
-    def _hold(self, message: NDArray[np.uint8]) -> None:
+    def _hold(self, message: NDArray[np.uint8], floor: FrameKey) -> None:
+        self._forget(floor)
         try:
-            if len(message) < HEADER_BYTES or len(self._held) == _MAX_HELD:
-                raise FrameError(f"a message of {len(message)} bytes, {len(self._held)} frames are held")
+            if len(message) < HEADER_BYTES:
+                raise FrameError(f"a message of {len(message)} bytes")
             form, header = parse_foreign(message.data, 0, MAX_BYTES)
             if len(message) != HEADER_BYTES + header.payload_bytes or header.in_outbox:
                 raise FrameError(f"{len(message)} bytes for a payload of {header.payload_bytes}")
+            if form.key < floor:
+                self._discard(message)
+                return
+            if len(self._held) == _MAX_HELD:
+                raise FrameError(f"{_MAX_HELD} frames are held")
         except FrameError as error:
             raise LinkGone(FailureKind.PROTOCOL) from error
         bisect.insort(self._held, (form.key, message), key=lambda held: held[0])
@@ -209,17 +225,20 @@ class Link:
 
     def _forget(self, floor: FrameKey) -> None:
         while self._held and self._held[0][0] < floor:
-            self.stale_frames += 1
-            self.give_back("in", self._held.pop(0)[1])
+            self._discard(self._held.pop(0)[1])
 
-    def _obey(self, magic: int, kind: int, sender: int, receiver: int, call: int, answered: int) -> None:
-        if magic != _MAGIC or kind not in (HELLO, FAREWELL) or sender != self.seat or receiver != self.own_seat:
+    def _discard(self, message: NDArray[np.uint8]) -> None:
+        self.stale_frames += 1
+        self.give_back("in", message)
+
+    def _obey(self, magic: int, kind: int, sender: int, receiver: int, epoch: int) -> None:
+        if magic != _MAGIC or kind not in (HELLO, FAREWELL):
             raise LinkGone(FailureKind.PROTOCOL)
         if kind == FAREWELL:
-            self._part()
+            self._said = self._heard = _NEVER
             raise LinkGone(FailureKind.CLOSED)
-        self._heard = call
-        self.is_open = self.is_open or answered == self._call
+        if (sender, receiver) == (self.seat, self.own_seat):  # else it was for the seat that one of us had before
+            self._heard = epoch
 
     def _died(self, error: Exception) -> NoReturn:
         """What MPI reports of one process is that process's failure."""

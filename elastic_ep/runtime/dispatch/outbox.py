@@ -25,6 +25,14 @@ class OutboxError(OSError):
     """This host can't share memory so, or a peer's outbox is not what it says."""
 
 
+def reserve(region_bytes: int) -> mmap.mmap:
+    """Room in this process for a peer's outbox of that size, until it is closed. Raises OutboxError."""
+    try:
+        return mmap.mmap(-1, NUM_REGIONS * region_bytes, mmap.MAP_PRIVATE, 0)
+    except (OSError, ValueError, OverflowError) as error:
+        raise OutboxError(f"no room for {NUM_REGIONS} x {region_bytes} bytes: {error}") from error
+
+
 class _Regions:
     """A mapping cut into regions."""
 

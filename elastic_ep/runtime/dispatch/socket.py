@@ -114,7 +114,7 @@ class SocketDispatcher:
         """Start listening (once) and return the address to announce. `connect` does it too. Raises InvalidInputError."""
         return self._mesh.listen()
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> PeerFailed | Interrupted | None:
         """See `Dispatcher.connect`."""
         self._ranks = sorted({self.rank, *peers})
         return self._mesh.connect(peers, deadline_s)

@@ -35,9 +35,9 @@ class StagedDispatcher:
         """See `MeshDispatcher.listen`."""
         return self._inner.listen()  # type: ignore[union-attr]
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> PeerFailed | Interrupted | None:
         """See `Dispatcher.connect`."""
-        return self._inner.connect(peers, deadline_s)
+        return self._inner.connect(peers, deadline_s, epoch=epoch)
 
     def close(self) -> None:
         self._inner.close()

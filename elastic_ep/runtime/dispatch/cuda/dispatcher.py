@@ -181,7 +181,7 @@ class CudaDispatcher:
             top_k=self.capacity.top_k,
         )
 
-    def connect(self, peers: Mapping[int, str], deadline_s: float) -> PeerFailed | Interrupted | None:
+    def connect(self, peers: Mapping[int, str], deadline_s: float, *, epoch: int = 0) -> PeerFailed | Interrupted | None:
         """See `Dispatcher.connect`. No step may be under way here. The mask that kernels read is this set of ranks."""
         if max(peers, default=0) >= self.capacity.num_seats:
             raise InvalidInputError(f"rank {max(peers)} has no seat among {self.capacity.num_seats}; give Capacity a larger num_seats")
