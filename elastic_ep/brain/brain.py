@@ -66,7 +66,8 @@ class Brain:
                 state.requests.add(event.request)
             case Cancelled():
                 if members.drop(state, event.request_id) is not None:
-                    state.requests.cancelled += 1
+                    state.requests.finished += event.is_done
+                    state.requests.cancelled += not event.is_done
             case RankConnected():
                 self._on_connected(event.hello, now)
             case RankFailed():

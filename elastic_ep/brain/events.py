@@ -113,7 +113,10 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
+    """`is_done`: the client has all it asked for, as a text that ends at a stop string."""
+
     request_id: str
+    is_done: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,7 @@ def begin(state: BrainState, request: Request, now: float) -> None:
         size = request.new_ep_size
         operation = Operation(request.operation_id, OperationKind.SCALE, size, request.drain, now, leavers=_leavers(state, size))
         operation.seats_to_add = max(0, size - len(wanted_seats(state)))
+        operation.joiners = _start_again(state, operation.leavers, now)
     state.operation = state.operations[request.operation_id] = operation
     while len(state.operations) > OPERATIONS_KEPT:
         del state.operations[next(iter(state.operations))]
@@ -90,8 +91,14 @@ def grow(state: BrainState, now: float) -> None:
     """Add the seats that the running operation asks for. Only while nothing is planned or staged: plans know the seats of their time."""
     operation = state.operation
     if operation is not None and operation.seats_to_add:
-        operation.joiners = _add_seats(state, operation.seats_to_add, now)
+        operation.joiners += _add_seats(state, operation.seats_to_add, now)
         operation.seats_to_add = 0
+
+
+def _start_again(state: BrainState, leavers: tuple[int, ...], now: float) -> tuple[int, ...]:
+    """Have the dead seats filled for which no process is to be started any more, but those of hosts that are away."""
+    given_up = [s for s in state.seats if s.state is SeatState.DEAD and s.restart_at is None and not s.absent and s.rank not in leavers]
+    return _order_processes(state, [seat.rank for seat in given_up], now)
 
 
 def _add_seats(state: BrainState, count: int, now: float) -> tuple[int, ...]:
@@ -110,11 +117,15 @@ def _add_seats(state: BrainState, count: int, now: float) -> tuple[int, ...]:
             state.seats.append(Seat(rank, state=SeatState.RETIRED, last_sign=now))
             state.release[rank] = []
             added.append(rank)
-    for rank in added:
+    return _order_processes(state, added, now)
+
+
+def _order_processes(state: BrainState, ranks: list[int], now: float) -> tuple[int, ...]:
+    for rank in ranks:
         seat = state.seats[rank]
         seat.failed_starts, seat.failure, seat.restart_at = 0, "", now
         state.starts_due_at = now
-    return tuple(added)
+    return tuple(ranks)
 
 
 def retire(state: BrainState, seat: Seat, now: float) -> None:

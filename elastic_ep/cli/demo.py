@@ -45,6 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     from elastic_ep.cli.demo_view import DemoView
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends, too
     with DemoView(quiet=args.json) as view:
         view.say(f"checkpoint: {CHECKPOINT}")
         outcome = asyncio.run(_demo(CHECKPOINT, view))

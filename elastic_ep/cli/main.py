@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from elastic_ep.core.errors import ElasticEPError
 
 COMMANDS = ("chaos", "demo", "plan", "rank", "serve", "simulate", "status", "verify")
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         status: int = importlib.import_module(f"elastic_ep.cli.{args.command}").run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has enough
+        return EXIT_BROKEN_PIPE
     except ElasticEPError as error:
         print(f"elastic-ep {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -80,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> tuple[NDArray[np.float64], int]:
     """The load, and the bytes of an expert."""
-    if args.expert_bytes is not None and args.expert_bytes < 1:
-        raise InvalidInputError(f"--expert-bytes is {args.expert_bytes}; give 1 or more")
     shape = plan_load.parse_shape(args.model_shape or "deepseek-v3", args.expert_bytes)
     num_layers, num_experts = args.layers, args.experts
     if args.model_shape:

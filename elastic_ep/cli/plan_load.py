@@ -43,7 +43,11 @@ def parse_shape(text: str, expert_bytes: int | None) -> ModelShape:
         shape = MODELS[text]
     else:
         raise InvalidInputError(f"unknown model shape {text!r}; give {', '.join(MODELS)}, or layers x experts such as 58x256")
-    return shape if expert_bytes is None else shape._replace(expert_bytes=expert_bytes)
+    if expert_bytes is None:
+        return shape
+    if expert_bytes < 1:
+        raise InvalidInputError(f"--expert-bytes is {expert_bytes}; give 1 or more")
+    return shape._replace(expert_bytes=expert_bytes)
 
 
 def is_generator(text: str) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import socket
+import sys
 from typing import TYPE_CHECKING, Any
 
 from elastic_ep.cli.token import TOKEN_VARIABLE, read_token
@@ -187,13 +188,18 @@ def run(args: argparse.Namespace) -> int:
     config = make_config(args)
 
     def announce(facts: dict[str, Any]) -> None:
-        if args.json:
-            print(json.dumps(facts), flush=True)
-        else:
-            print(
+        text = (
+            json.dumps(facts)
+            if args.json
+            else (
                 f"elastic-ep: serving {facts['model']} on {facts['url']}: {facts['ep_size']} ranks, {facts['slots']} slots for "
-                f"{facts['experts']} experts in each of {facts['layers']} layers",
-                flush=True,
+                f"{facts['experts']} experts in each of {facts['layers']} layers"
             )
+        )
+        try:
+            print(text, flush=True)
+        except OSError as error:  # nobody reads it; clients may all the same
+            logging.getLogger(__name__).warning("cannot say on standard output that serving begins: %s", error.strerror)
+            sys.stdout = None  # what is left in its buffer is not to be tried again at the end
 
     return serve(config, args.host, args.port, args.shutdown_timeout, announce)

@@ -61,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         plan.add_argument(option, type=float, default=value, metavar="B", help=f"bandwidth (default: {value:g})")
     plan.add_argument("--plot", metavar="FILE", help="draw capacity and pauses to a .png or .svg (needs matplotlib)")
     both = parser.add_argument_group("both")
-    both.add_argument("--ranks", type=int, default=0, metavar="N", help="expert-parallel ranks (default: 2 to 4 by seed; 320 with --hours)")
+    both.add_argument("--ranks", type=int, metavar="N", help="expert-parallel ranks (default: 2 to 4 by seed; 320 with --hours)")
     both.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -69,8 +69,12 @@ def run(args: argparse.Namespace) -> int:
     asked = [name for name in ("seed", "seeds", "hours") if getattr(args, name) is not None]
     if asked != ["hours"] and asked != ["seed", "hours"] and len(asked) != 1:
         raise InvalidInputError(f"give one of --seed N, --seeds A..B and --hours H, not {' and '.join('--' + a for a in asked) or 'none'}")
-    if args.ranks < 0 or args.ranks > 4096:
+    if args.ranks is not None and not 1 <= args.ranks <= 4096:
         raise InvalidInputError(f"--ranks is {args.ranks}; give 1 to 4096")
+    if args.processes is not None and args.processes < 1:
+        raise InvalidInputError(f"--processes is {args.processes}; give 1 or more")
+    if args.trace_events and (args.seed is None or args.hours is not None):
+        raise InvalidInputError("--trace-events shows one schedule; say which by --seed N")
     if args.hours is not None:
         return _plan(args)
     return _check(args)
@@ -84,19 +88,19 @@ def _check(args: argparse.Namespace) -> int:
     shape = parse_small_shape(args.shape)
     started = time.monotonic()
     if args.seed is not None:
-        outcome = run_schedule(draw(args.seed, args.ranks, shape), with_trace=args.trace_events)
+        outcome = run_schedule(draw(args.seed, args.ranks or 0, shape), with_trace=args.trace_events)
         for line in outcome.trace:
             print(line, file=sys.stderr if args.json else sys.stdout)
         found = Sweep(1, outcome.events, outcome.epochs, outcome.tokens, outcome.virtual_s, int(bool(outcome.predicate)))
         found.failures = [outcome] if outcome.predicate else []
     else:
         processes = args.processes or os.cpu_count() or 1
-        found = sweep(seeds, ep_size=args.ranks, shape=shape, processes=processes)
+        found = sweep(seeds, ep_size=args.ranks or 0, shape=shape, processes=processes)
     seconds = time.monotonic() - started
     short = None
     if found.failures and args.shrink:
         first = found.failures[0]
-        short = shrink(draw(first.seed, args.ranks, shape), first.predicate)
+        short = shrink(draw(first.seed, args.ranks or 0, shape), first.predicate)
     digest = outcome.digest if args.seed is not None else None
     _print_check(args, found, seconds, digest, short)
     return EXIT_VIOLATION if found.violations else 0
@@ -172,11 +176,12 @@ def make_setup(args: argparse.Namespace) -> Setup:
     slots = args.slots_per_rank or -(-shape.num_experts // ranks) + 1
     for name in ("slots_per_rank", "ranks_per_node", "tokens_per_second", *(f"{n}_bytes_per_s" for n in asdict(LinkSpeeds()))):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < float("inf"):
             raise InvalidInputError(f"--{name.replace('_', '-')} is {value:g}; give more than 0")
     prices = Prices(**{name: getattr(args, name) for name in asdict(Prices())})
-    if min(asdict(prices).values()) < 0:
-        raise InvalidInputError("durations are 0 s or more")
+    for name, value in asdict(prices).items():
+        if not 0 <= value < float("inf"):
+            raise InvalidInputError(f"--{name.replace('_', '-')} is {value:g}; give 0 seconds or more")
     speeds = LinkSpeeds(**{name: getattr(args, f"{name}_bytes_per_s") for name in asdict(LinkSpeeds())})
     everything = shape.num_layers * shape.num_experts * ranks <= PLACE_ALL_BELOW
     setup = Setup(

@@ -36,7 +36,10 @@ def read_history(path: Path) -> list[Event]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError(f"cannot read the history {path}: {error}; give a file that elastic-ep chaos --history wrote") from None
-    return [parse_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    events = [parse_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not events:
+        raise InvalidInputError(f"the history {path} is empty, nothing can be judged; give a file that elastic-ep chaos --history wrote")
+    return events
 
 
 def describe(verdict: Verdict) -> str:

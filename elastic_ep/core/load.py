@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from elastic_ep.core.errors import InvalidInputError
 
 GENERATORS = ("uniform", "lognormal", "zipf", "bursty")
+_MAX_LOADS = 10**8
 
 
 def as_array(values: Any) -> NDArray[Any]:
@@ -62,7 +63,15 @@ def generate_load(kind: str, num_layers: int, num_experts: int, seed: int, param
         kind: ``uniform`` (all alike), ``lognormal`` (parameter: sigma, 1), ``zipf`` (parameter: exponent, 1; ranks permuted per
             layer), ``bursty`` (parameter: burst factor, 4; lognormal(0.8) with 5 % of the experts in a burst, Poisson counts).
         seed: of the generator.
+
+    Raises InvalidInputError.
     """
+    if seed < 0:
+        raise InvalidInputError(f"the seed of the load is {seed}; give 0 or more")
+    if parameter is not None and not 0 <= parameter < float("inf"):
+        raise InvalidInputError(f"load {kind}:{parameter:g}; give a parameter of 0 or more")
+    if num_layers * num_experts > _MAX_LOADS:
+        raise InvalidInputError(f"{num_layers} layers x {num_experts} experts are more than {_MAX_LOADS} loads; give less of one")
     rng = np.random.default_rng(seed)
     shape = (num_layers, num_experts)
     if kind == "uniform":

@@ -274,7 +274,7 @@ def weights_listen(mesh: str) -> str:
     """Where to listen for requests for weights, beside the address of the mesh."""
     if mesh.startswith("tcp:"):
         return f"{mesh.partition('#')[0].rpartition(':')[0]}:0"
-    return f"{mesh}.weights"
+    return f"{mesh}.w"
 
 
 def is_no_memory(error: Exception) -> bool:

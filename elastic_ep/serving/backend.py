@@ -27,13 +27,16 @@ class OperationRefused(ElasticEPError):
 
 class TokenStream(Protocol):
     """The events of one sequence, in order, each once. `aclose()` before the end cancels the sequence, also when nothing was read yet
-    (an async generator's own does nothing then); after the end it does nothing."""
+    (an async generator's own does nothing then); after the end it does nothing. `finish()` is the same, of a sequence that has brought all
+    that its client asked for."""
 
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
 
     async def __anext__(self) -> TokenEvent: ...
 
     async def aclose(self) -> None: ...
+
+    async def finish(self) -> None: ...
 
 
 class EventStream(Protocol):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from elastic_ep.brain.load_recorder import WINDOWS_USED
@@ -127,6 +129,8 @@ class ServeConfig:
             raise InvalidInputError(f"--rebalance-min-gain is {self.rebalance_min_gain:g}; give a share of 0 or more, as 0.05")
         if self.load_trace is not None and not self.load_trace.endswith(".npz"):
             raise InvalidInputError(f"--load-trace is {self.load_trace!r}; give a file that ends in .npz")
+        if self.load_trace is not None and not os.access(Path(self.load_trace).absolute().parent, os.W_OK | os.X_OK):
+            raise InvalidInputError(f"--load-trace is {self.load_trace!r}, which we cannot write; give a file in another folder")
         at_least_one = ("kv_tokens", "max_sequences", "max_batch_tokens", "prefill_chunk", "max_waiting", "staging_bytes")
         for name, value in ((name, getattr(self, name)) for name in at_least_one):
             if value < 1:

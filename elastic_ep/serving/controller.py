@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from elastic_ep.serving.link import RankLink
 from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.operation_desk import OperationDesk
 from elastic_ep.serving.rank_program import RankPlace, rank_program
-from elastic_ep.serving.run_dir import make_run_dir
+from elastic_ep.serving.run_dir import lock_run_dir, make_run_dir
 from elastic_ep.serving.shell_faults import ShellFaults, Victim
 from elastic_ep.serving.status import status_object
 from elastic_ep.serving.stream import RequestStream
@@ -85,6 +86,7 @@ class Controller:
         self._processes: dict[tuple[int, int], LocalProcess] = {}
         self._unreported: set[tuple[int, int]] = set()
         """processes asked for, of which the launcher has said nothing yet"""
+        self._server: asyncio.Server | None = None
         self._backup_fd = -1
         self._store: tuple[Any, str] | None = None  # kept so that it goes on; where ranks find it
         self._backup: HostBackup | None = None
@@ -98,6 +100,7 @@ class Controller:
     # ---- life
 
     async def __aenter__(self) -> Controller:
+        self._run_dir, self._run_dir_lock = make_run_dir()
         try:
             await self.start()
         except BaseException:
@@ -111,12 +114,12 @@ class Controller:
     async def start(self) -> None:
         """Start the ranks; they load while this returns."""
         self._loop = asyncio.get_running_loop()
+        self._solver = ThreadPoolExecutor(1, thread_name_prefix="solver")
+        self._solver.submit(int).result()  # its thread is there from now on: a system at its limit of threads must not stop a recovery
         self.stopped = asyncio.Event()
         self.serving = asyncio.Event()
-        self._run_dir, self._run_dir_lock = make_run_dir()
-        control = self._run_dir / "control.sock"
-        self._control = f"unix:{control}"
-        self._server = await self._loop.create_unix_server(self._make_link, str(control), backlog=1024)
+        self._control_path = str(self._run_dir / "control.sock")
+        await self._listen()
         if self.config.host_backup == "experts":
             shape = (self.spec.num_layers, self.spec.num_experts, self.spec.slot_bytes(self.config.dtype))
             slots = self.config.host_slots(self.spec.num_experts) * self.spec.num_layers
@@ -133,11 +136,20 @@ class Controller:
         self._start_ranks()
         self._set_timer()
 
+    async def _listen(self) -> None:
+        """For the ranks of this host. Not the first time: somebody has emptied the folder for temporary files."""
+        if self._server is not None:
+            log.error("%s was removed under the server; it is made anew: keep what cleans it away from elastic-ep-*", self._run_dir)
+            self._server.close()
+            os.close(self._run_dir_lock)
+            self._run_dir_lock = lock_run_dir(self._run_dir)
+        self._server = await self._loop.create_unix_server(self._make_link, self._control_path, backlog=1024)
+
     async def _let_agents_in(self) -> None:
         remote, checkpoint = self.config.remote, self.config.checkpoint
         if remote is None:
             return
-        mark = await self._loop.run_in_executor(None, fingerprint, checkpoint)
+        mark = await self._loop.run_in_executor(self._solver, fingerprint, checkpoint)
         reach = self._faults.reach if self._faults is not None else no_point
         hooks = Hooks(self._feed, self._fail, self.brain.expects, reach, self._reach_spawned)
         folder = str(Path(checkpoint).resolve())
@@ -161,13 +173,16 @@ class Controller:
             self._agents.start(rank, incarnation, self._rank_program(rank, incarnation))
             return
         if not self._launcher.is_running:
+            self._launcher.close()
             self._start_launcher()
+        if not Path(self._control_path).exists():
+            self._listening = self._loop.create_task(self._listen())
         self._unreported.add((rank, incarnation))
         self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
         store = "" if self._store is None else self._store[1]
-        place = RankPlace(rank, incarnation, self._control, str(self._run_dir), self._token, self._backup_fd, store)
+        place = RankPlace(rank, incarnation, f"unix:{self._control_path}", str(self._run_dir), self._token, self._backup_fd, store)
         return rank_program(place, self.config, self.brain.state.topology, self.settings.step_timeout_s)
 
     async def wait_serving(self) -> None:
@@ -187,7 +202,8 @@ class Controller:
         """Stop the ranks now and remove every trace. What still runs is lost to its clients."""
         if self._timer:
             self._timer.cancel()
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         if self._agents is not None:
             await self._agents.close(self.error or "the server stopped")
         for link in list(self._links.values()):
@@ -200,13 +216,14 @@ class Controller:
             process.kill()
         for process in self._processes.values():
             process.close()
-        await self._loop.run_in_executor(None, self._launcher.close)
+        await self._loop.run_in_executor(self._solver, self._launcher.close)
         if self._backup_fd >= 0:
             os.close(self._backup_fd)
         self.end_streams()
         self._write_load_trace()
         shutil.rmtree(self._run_dir, ignore_errors=True)
         os.close(self._run_dir_lock)
+        self._solver.shutdown(wait=False, cancel_futures=True)
 
     def _write_load_trace(self) -> None:
         if self.config.load_trace is None:
@@ -273,6 +290,8 @@ class Controller:
                 self.eventlog.publish(command.kind, command.data)
                 if command.kind == "installed":
                     self.serving.set()
+                elif command.kind == "rank_left_out":
+                    log.error("rank %d is not started again: %s; scale to the size that is wanted to try anew", *command.data.values())
                 elif command.kind == "operation_finished":
                     self._desk.note_finished(command.data["operation_id"])
             case ev.Fence():
@@ -301,7 +320,9 @@ class Controller:
         if command.change is None:
             self._queue.append(_planned(command, lambda: (planner.plan(*arguments),)))
             return
-        solving = self._loop.run_in_executor(None, _planned, command, lambda: planner.plan_change(*arguments, leaving=command.leaving))
+        solving = self._loop.run_in_executor(
+            self._solver, _planned, command, lambda: planner.plan_change(*arguments, leaving=command.leaving)
+        )
         solving.add_done_callback(lambda done: None if done.cancelled() or self.stopped.is_set() else self._feed(done.result()))
 
     def _backups(self) -> dict[str, NDArray[np.bool_]]:
@@ -446,7 +467,7 @@ class Controller:
         if refusal is not None:
             kind, reason = refusal
             raise QueueFull(reason) if kind == "queue_full" else Unavailable(reason)
-        stream = RequestStream(lambda: self._cancel(request.request_id))
+        stream = RequestStream(lambda is_done: self._cancel(request.request_id, is_done))
         self._streams[request.request_id] = stream
         self._feed(ev.Submitted(request))
         return stream
@@ -460,9 +481,9 @@ class Controller:
     def operations(self) -> list[dict[str, Any]]:
         return self._desk.all()
 
-    def _cancel(self, request_id: str) -> None:
+    def _cancel(self, request_id: str, is_done: bool) -> None:
         if self._streams.pop(request_id, None) is not None and not self.stopped.is_set():
-            self._feed(ev.Cancelled(request_id))
+            self._feed(ev.Cancelled(request_id, is_done))
 
     def _emit(self, command: ev.Emit) -> None:
         finished = command.event.finish is not None

@@ -32,7 +32,7 @@ class RankPlace(NamedTuple):
 def rank_program(place: RankPlace, config: ServeConfig, topology: Topology, step_timeout_s: float) -> dict[str, Any]:
     """For one process. Faults are for a seat's first process only."""
     rank, incarnation = place.rank, place.incarnation
-    listen = f"unix:{place.run_dir}/rank{rank}.{incarnation}.sock"
+    listen = f"unix:{place.run_dir}/r{rank}.{incarnation}"
     if config.remote is not None:
         listen = f"{tcp_address(config.remote.host, 0)}#{incarnation}"  # an agent puts its own host here
     rank_config = RankConfig(

@@ -9,7 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from elastic_ep.core.errors import InvalidInputError
+
 PREFIX = "elastic-ep-"
+LONGEST_NAME = "r9999.9999999.w"
+"""of a socket: rank, and how many processes the seat has had"""
+MAX_UNIX_PATH = 107
+"""characters of a socket's path, by the system"""
 _YOUNG_S = 10.0
 """a folder that is newer may belong to a controller that has not locked it yet"""
 
@@ -17,13 +23,27 @@ _YOUNG_S = 10.0
 def make_run_dir() -> tuple[Path, int]:
     """A new folder, and the file descriptor that keeps it locked as long as this process lives. Folders that nobody has locked are removed.
 
-    A lock, not a process id in the name: containers that share a temporary folder do not see each other's processes.
+    A lock, not a process id in the name: containers that share a temporary folder do not see each other's processes. Raises
+    InvalidInputError if sockets cannot lie there.
     """
     _remove_stale()
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+    name = str(folder / LONGEST_NAME)
+    if not name.isascii() or len(name) > MAX_UNIX_PATH:
+        folder.rmdir()
+        raise InvalidInputError(
+            f"sockets cannot lie in {folder.parent}: their paths, as {name!r}, may have {MAX_UNIX_PATH} ASCII characters; set TMPDIR to "
+            f"another folder"
+        )
+    return folder, lock_run_dir(folder)
+
+
+def lock_run_dir(folder: Path) -> int:
+    """The file descriptor that keeps it locked; the folder is made if it is not there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return folder, lock
+    return lock
 
 
 def _remove_stale() -> None:

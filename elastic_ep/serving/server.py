@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sys
@@ -67,8 +68,16 @@ def serve(config: ServeConfig, host: str, port: int, shutdown_timeout_s: float, 
     spec = inspect_checkpoint(config.checkpoint)
     config.brain_settings(spec)  # all values are checked before anything is started
     tokenizer = load_tokenizer(Path(config.checkpoint))
+    _raise_open_files()
     with listen(host, port) as sock:
         return uvloop.run(_serve(config, spec, tokenizer, sock, host, shutdown_timeout_s, announce))
+
+
+def _raise_open_files() -> None:
+    """As many as the system lets this process have: each client takes one, and ranks must not be refused for them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(
@@ -83,7 +92,8 @@ async def _serve(
     metrics = Metrics()
     async with Controller(config, spec, metrics) as controller:
         app = create_app(controller, tokenizer, metrics)
-        http = _Uvicorn(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5))
+        settings = uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+        http = _Uvicorn(settings)
         http_task = asyncio.create_task(http.serve(sockets=[sock]))
         _stop_on_signals(controller, shutdown_timeout_s)
         try:
@@ -125,5 +135,6 @@ def _stop_on_signals(controller: Controller, timeout_s: float) -> None:
         controller.request_stop()
         loop.call_later(timeout_s, controller.stopped.set)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(number, stop)

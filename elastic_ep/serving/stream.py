@@ -9,9 +9,14 @@ from elastic_ep.brain.events import TokenEvent
 
 
 class RequestStream:
-    """Events in order, each once. `aclose()` before the end cancels the request, also when nothing was read yet."""
+    """Events in order, each once. `aclose()` before the end cancels the request, also when nothing was read yet; `finish()` says that the
+    client has all it asked for.
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    Args:
+        cancel: called with whether that is so.
+    """
+
+    def __init__(self, cancel: Callable[[bool], None]) -> None:
         self._cancel = cancel
         self._events: asyncio.Queue[TokenEvent] = asyncio.Queue()
         self._ended = False
@@ -32,6 +37,12 @@ class RequestStream:
         return event
 
     async def aclose(self) -> None:
+        self._end(False)
+
+    async def finish(self) -> None:
+        self._end(True)
+
+    def _end(self, is_done: bool) -> None:
         if not self._ended:
             self._ended = True
-            self._cancel()
+            self._cancel(is_done)

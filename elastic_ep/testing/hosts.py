@@ -27,7 +27,18 @@ class AgentProcess:
     """`elastic-ep rank` in a process of its own, ended when the context ends. `prefix` may put it into another namespace."""
 
     def __init__(self, controller: str, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
-        self._command = [*prefix, sys.executable, "-m", "elastic_ep.cli.main", "rank", "--controller", controller, "--json", *arguments]
+        self._command = [
+            *prefix,
+            sys.executable,
+            "-P",
+            "-m",
+            "elastic_ep.cli.main",
+            "rank",
+            "--controller",
+            controller,
+            "--json",
+            *arguments,
+        ]
 
     def __enter__(self) -> AgentProcess:
         self._stderr = tempfile.TemporaryFile(mode="w+")

@@ -32,7 +32,7 @@ class ServerProcess:
     """
 
     def __init__(self, checkpoint: str | Path, *arguments: str, start_timeout_s: float = 120.0) -> None:
-        self._command = [sys.executable, "-m", "elastic_ep.cli.main", "serve", str(checkpoint), "--port", "0", "--json", *arguments]
+        self._command = [sys.executable, "-P", "-m", "elastic_ep.cli.main", "serve", str(checkpoint), "--port", "0", "--json", *arguments]
         self._start_timeout_s = start_timeout_s
         self.facts: dict[str, Any] = {}
         self.stderr = ""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +194,86 @@ def test_a_stopped_launcher_keeps_no_seat_empty(checkpoint):
         assert children(server.process.pid) != [launcher]
         server.stop()
     assert f"the launcher, process {launcher}, is stopped by a signal" in server.stderr
+
+
+def test_a_stopped_rank_and_a_stopped_launcher_end_with_the_controller_too(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
+        (launcher,) = children(server.process.pid)
+        pids = [launcher, *(server.rank_pid(rank) for rank in range(2))]
+        # the controller would kill a rank that stops: it is to see nothing of it
+        for pid in (server.process.pid, pids[2], launcher):
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(server.process.pid, signal.SIGKILL)
+        wait_gone(pids, 5.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_closed_terminal_ends_the_server_as_sigterm_does(checkpoint, number):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
+        pids = [server.rank_pid(rank) for rank in range(2)]
+        server.process.send_signal(number)
+        assert server.process.wait(15) == 0
+        wait_gone(pids, 5.0)
+
+
+def test_a_file_in_the_working_folder_is_not_imported(checkpoint, tmp_path, monkeypatch):
+    for name in ("tokenizers.py", "torch.py", "http.py"):
+        (tmp_path / name).write_text("raise SystemExit('from the working folder')")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.chdir(tmp_path)
+    with ServerProcess(checkpoint("qwen3_moe").absolute(), "--ep-size", "2") as server:
+        assert server.stop() == 0
+    assert "working folder" not in server.stderr
+
+
+def test_a_seat_is_filled_again_though_the_folder_of_sockets_was_removed(checkpoint, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="eep") as place:
+        monkeypatch.setenv("TMPDIR", place)
+        _remove_the_folder_of_sockets(checkpoint, Path(place))
+
+
+def _remove_the_folder_of_sockets(checkpoint, tmp_path):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "3", "--num-redundant-experts", "8") as server:
+        body = {"model": server.facts["model"], "prompt": [1, 2], "max_tokens": 20, "temperature": 0, "return_token_ids": True}
+        before = post(f"{server.url}/v1/completions", body)["choices"][0]["token_ids"]
+        (folder,) = tmp_path.glob("elastic-ep-*")
+        shutil.rmtree(folder)
+        for rank in (2, 0):
+            server.signal_rank(rank)
+            server.wait_status(
+                lambda s, r=rank: s["active_ranks"] == [1, 1, 1] and s["ranks"][r]["incarnation"] > 0 and s["phase"] == "serving"
+            )
+        assert post(f"{server.url}/v1/completions", body)["choices"][0]["token_ids"] == before
+        assert server.stop() == 0
+    assert f"{folder} was removed under the server" in server.stderr
+    assert not list(tmp_path.glob("elastic-ep-*"))
+
+
+@pytest.mark.parametrize("name", ["x" * 80, "ü"])
+def test_a_folder_that_cannot_hold_sockets_is_one_line(checkpoint, tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0")
+    assert result.returncode == 2
+    assert "set TMPDIR to another folder" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(folder.iterdir())
+
+
+def test_standard_output_that_takes_nothing_does_not_end_the_server(checkpoint):
+    command = [sys.executable, "-m", "elastic_ep.cli.main", "serve", str(checkpoint("qwen3_moe")), "--port", "0"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    with process:
+        try:
+            assert "cannot say on standard output" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+            assert "Traceback" not in process.stderr.read()
+        finally:
+            process.kill()
 
 
 def test_ranks_that_cannot_start_end_the_server(checkpoint):

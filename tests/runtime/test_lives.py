@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -88,7 +89,10 @@ def no_preload(argument: str) -> None:
     """Nothing to import."""
 
 
-def test_the_launcher_tells_of_an_end_before_the_exit() -> None:
+def test_the_launcher_tells_of_an_end_before_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the launcher does not look into the working folder
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep)
+
     async def scenario() -> list[ProcessEvent]:
         events: list[ProcessEvent] = []
         changed = asyncio.Event()

@@ -73,6 +73,9 @@ class FakeStream:
             self.backend.cancelled.append(self.request.request_id)
             self.backend.cancel_seen.set()
 
+    async def finish(self) -> None:
+        await self.aclose()
+
 
 def scripted(ids: list[int], eos_ids: frozenset[int], max_tokens: int, top: int | None = None) -> list[TokenEvent]:
     """Events as a real backend gives them for these sampled ids."""

@@ -99,6 +99,12 @@ def _remove_dead_socket_file(endpoint: Endpoint) -> None:
             pass
 
 
+def exists(address: str) -> bool:
+    """Whether what peers dial is there, if it is a file."""
+    target = parse_address(address).target
+    return not isinstance(target, str) or target.startswith("\0") or os.path.exists(target)
+
+
 def unlink(address: str) -> None:
     """Remove the socket file of an address that was listened on, if it has one."""
     target = parse_address(address).target

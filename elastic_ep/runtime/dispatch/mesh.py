@@ -48,10 +48,16 @@ class Mesh:
         self._calls: dict[int, Call] = {}
 
     def listen(self) -> str:
-        """Start listening, once. Returns the address that peers dial. Raises InvalidInputError."""
+        """Start listening, once, or again where somebody has removed the socket's file. Returns the address that peers dial.
+
+        Raises InvalidInputError.
+        """
+        if self._listener is not None and not addresses.exists(self.address):
+            self._listener.close()
+            self._listener = None
         if self._listener is None:
             self._listener, self.address = addresses.listen(self.address)
-            if self._region_bytes and self._listener.family == socket.AF_UNIX:
+            if self._region_bytes and self.outbox is None and self._listener.family == socket.AF_UNIX:
                 try:
                     self.outbox = Outbox(self._region_bytes)
                 except OutboxError:

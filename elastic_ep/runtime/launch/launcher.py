@@ -73,7 +73,8 @@ class Launcher:
         self._lives = Lives()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        command = [sys.executable, "-m", "elastic_ep.runtime.launch.zygote", "--fd", str(theirs.fileno())]
+        # -P: nothing that lies in the working folder is imported
+        command = [sys.executable, "-P", "-m", "elastic_ep.runtime.launch.zygote", "--fd", str(theirs.fileno())]
         command += ["--lives-fd", str(self._lives.fd), "--preload", self._preload, "--preload-argument", self._argument]
         env = os.environ | ONE_THREAD
         self._process = subprocess.Popen(
@@ -148,7 +149,10 @@ class Launcher:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._on_event, ending)
 
-        self._lives.watch(self._cells.pop((spawned.rank, spawned.incarnation)), on_end)
+        try:
+            self._lives.watch(self._cells.pop((spawned.rank, spawned.incarnation)), on_end)
+        except RuntimeError as error:  # its channels and its pidfd tell, later
+            log.warning("no thread watches the life of process %d: %s; raise the limit (ulimit -u)", spawned.pid, error)
 
     def _forget(self) -> None:
         if self._sock is not None and self._loop is not None:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 
 _CELL_BYTES = 64
-_NUM_CELLS = 4096
+_NUM_CELLS = 1 << 16
 _PROCESS_SHARED, _ROBUST = 1, 1
 
 _libc = ctypes.CDLL(None)

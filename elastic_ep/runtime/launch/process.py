@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable
 from typing import NamedTuple
 
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
 _FLAGS, _EXIT_CODE = 6, 49
 """places in /proc/PID/stat after the command's name"""
 _PF_EXITING = 0x4
@@ -15,7 +19,7 @@ _PF_EXITING = 0x4
 
 class ProcessState(NamedTuple):
     """Attributes:
-    letter: "R" running, "S" sleeping, "D" in the kernel, "T" stopped, "Z" ended; "" when it is gone.
+    letter: "R" running, "S" sleeping, "D" in the kernel, "T" stopped, "Z" ended; "" when it is gone, "?" if unknown.
     is_ending: it runs no more of its program, though the kernel may still be freeing its memory.
     exit: how it ends, in words, if it does and the kernel tells.
     """
@@ -36,12 +40,18 @@ class LocalProcess:
         self._fd = -1
 
     def watch(self) -> None:
+        """From now on. Where no descriptor is left it is tried again."""
+        if self._fd >= 0 or self.has_exited:
+            return
         try:
             self._fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             self._loop.call_soon(self._exited)
-            return
-        self._loop.add_reader(self._fd, self._exited)
+        except OSError as error:
+            log.error("cannot watch process %d: %s; raise the limit of open files (ulimit -n)", self.pid, error.strerror)
+            self._loop.call_later(RETRY_S, self.watch)
+        else:
+            self._loop.add_reader(self._fd, self._exited)
 
     def _exited(self) -> None:
         if self.has_exited:
@@ -52,6 +62,7 @@ class LocalProcess:
 
     def kill(self) -> None:
         """SIGKILL, unless it has ended already."""
+        self.watch()
         if self._fd >= 0:
             try:
                 signal.pidfd_send_signal(self._fd, signal.SIGKILL)
@@ -70,12 +81,14 @@ class LocalProcess:
 
 
 def process_state(pid: int) -> ProcessState:
-    """See proc(5). A process that is gone has ended."""
+    """See proc(5). A process that is gone has ended; of one that cannot be looked at nothing is known (letter "?")."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return ProcessState("", True, "")
+    except OSError:
+        return ProcessState("?", False, "")
     ending = bool(int(fields[_FLAGS]) & _PF_EXITING) or fields[0] in "ZX"
     return ProcessState(fields[0], ending, describe_exit(int(fields[_EXIT_CODE])) if ending else "")
 

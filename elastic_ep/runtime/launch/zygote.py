@@ -1,7 +1,7 @@
 """The zygote: a process that has imported the model libraries once and forks a rank in milliseconds; it waits for its children and reports.
 
 It speaks JSON over a SOCK_SEQPACKET socket with the controller (one record a packet). It has one thread and touches no tensor, so that its
-forks are sound. When the controller is gone it ends; ranks then end by themselves.
+forks are sound. When the controller is gone it kills its ranks: they end by themselves, but one that a signal has stopped would stay.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def resolve(name: str) -> Callable[..., Any]:
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Be killed when the controller is, also while importing. Forked ranks do not inherit it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Be sent this signal when the controller ends, also while importing. Forked ranks do not inherit it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 class Zygote:
@@ -62,6 +62,15 @@ class Zygote:
         return order
 
     def serve(self) -> None:
+        """Until the controller is gone; then no child is left running, or stopped."""
+        end_with_parent(signal.SIGCONT)  # to see the end of its channel, if stopped
+        try:
+            self._serve()
+        finally:
+            for pid in self.children:
+                os.kill(pid, signal.SIGKILL)  # nobody else has waited for it, so it is still that process
+
+    def _serve(self) -> None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
         gc.freeze()  # children share the pages of everything imported so far

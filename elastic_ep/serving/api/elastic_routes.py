@@ -17,6 +17,8 @@ from elastic_ep.serving.api.requests import DrainRequest, OperationRequest, Scal
 from elastic_ep.serving.api.responses import IsScaling, OperationList, OperationStatus
 from elastic_ep.serving.backend import Backend
 
+MAX_DIGITS = 6
+"""of a rank"""
 _CHANGE_ERRORS = (400, 409, 413)
 
 
@@ -47,8 +49,8 @@ def router(backend: Backend) -> APIRouter:
     )
     async def drain_rank(rank: str, request: Request) -> Response:
         """Have a rank leave: the others take over what it holds, then it ends."""
-        if not rank.isdecimal():
-            raise ApiError(404, f"rank {shown(rank)} is no number; give 0 or more", param="rank", code="rank_not_found")
+        if not rank.isdecimal() or len(rank) > MAX_DIGITS:
+            raise ApiError(404, f"rank {shown(rank)} is no number of a rank; give 0 or more", param="rank", code="rank_not_found")
         body = parse_body(await read_body(request) or b"{}", DrainRequest)
         return await perform(DrainRequested(_name(body), int(rank), body.drain or backend.default_drain), body)
 

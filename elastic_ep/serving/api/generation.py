@@ -45,7 +45,7 @@ class _Choice:
                 delta = self._delta(event)
                 if delta.finish is not None:
                     self._end(delta.finish)
-                    await self._stream.aclose()
+                    await self._stream.finish()
                     yield delta
                     return
                 yield delta
