@@ -41,8 +41,12 @@ class ServerProcess:
         self._errors = tempfile.TemporaryFile(mode="w+")
         self.process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._errors, text=True)
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], self._start_timeout_s)
-        line = self.process.stdout.readline() if ready else ""
+        try:
+            ready, _, _ = select.select([self.process.stdout], [], [], self._start_timeout_s)
+            line = self.process.stdout.readline() if ready else ""
+        except BaseException:  # an interrupt, above all
+            self.stop()
+            raise
         if not line:
             self.process.kill()
             self._wait_end(None)

@@ -435,6 +435,16 @@ def test_cancel_releases_and_counts():
     assert world.received["r2"] == expected(PROMPTS["r2"], 50)
 
 
+def test_a_request_that_ends_at_a_stop_string_has_finished():
+    world = World().boot()
+    serve_all(world, 50)
+    world.settle_until(lambda: len(world.received["r1"]) > 3)
+    world.feed(ev.Cancelled("r1", is_done=True))
+    world.settle()
+    requests = world.brain.state.requests
+    assert (requests.cancelled, requests.finished) == (0, len(PROMPTS))
+
+
 def test_releases_of_a_void_step_are_sent_again():
     world = World().boot()
     world.submit("short", [1], 1)

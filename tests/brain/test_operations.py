@@ -99,6 +99,56 @@ def test_a_joiner_that_fails_undoes_the_growth():
     assert [s.state for s in state.seats[4:]] == [SeatState.RETIRED] * 2
 
 
+def given_up(world: World, rank: int) -> None:
+    """The rank dies, and so does every process that is started in its place."""
+    world.unstartable.add(rank)
+    world.kill(rank)
+    seat = world.brain.state.seats[rank]
+    for _ in range(400):
+        world.settle()
+        world.pass_time(0.1)
+        if seat.state is SeatState.STARTING:
+            world.feed(ev.RankFailed(rank, seat.incarnation, ev.FailureCause.EXITED))
+    world.unstartable.remove(rank)
+    assert (seat.state, seat.restart_at) == (SeatState.DEAD, None)
+
+
+def test_scaling_to_the_present_size_fills_a_seat_that_was_given_up():
+    world = loaded_world(restart_limit=3)
+    state = world.brain.state
+    given_up(world, 2)
+    scale(world, 4)
+    assert state.operations["s"].joiners == (2,)
+    assert state.operations["s"].state is OperationState.RUNNING, "it is not done while the seat is empty"
+    world.settle_until(lambda: state.operations["s"].state is OperationState.DONE)
+    assert state.membership.ranks == (0, 1, 2, 3)
+    finish(world)
+
+
+def test_growth_also_fills_a_seat_that_was_given_up():
+    world = loaded_world(restart_limit=3)
+    given_up(world, 0)
+    scale(world, 5)
+    world.settle_until(lambda: world.brain.state.operations["s"].state is OperationState.DONE)
+    assert world.brain.state.membership.ranks == (0, 1, 2, 3, 4)
+    finish(world)
+
+
+def test_a_seat_that_cannot_be_filled_fails_the_scaling_and_can_be_filled_by_another():
+    world = loaded_world(restart_limit=3)
+    state = world.brain.state
+    given_up(world, 1)
+    scale(world, 4)
+    world.settle_until(lambda: state.seats[1].state is SeatState.STARTING)
+    world.feed(ev.RankFailed(1, state.seats[1].incarnation, ev.FailureCause.EXITED))
+    assert state.operations["s"].state is OperationState.FAILED
+    assert state.operations["s"].reason.startswith("rank 1 failed before it was a member")
+    scale(world, 4, "again")
+    world.settle_until(lambda: state.operations["again"].state is OperationState.DONE)
+    assert state.membership.ranks == (0, 1, 2, 3)
+    finish(world)
+
+
 def test_a_death_during_a_drain_delays_it_only():
     world = loaded_world()
     state = world.brain.state

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,9 @@ from rich.console import Console
 from elastic_ep.cli.demo import CHECKPOINT, NUM_REQUESTS, texts
 from elastic_ep.cli.demo_prompts import PROMPTS, encoded_prompts
 from elastic_ep.cli.demo_view import printable, stream_table
+from elastic_ep.cli.main import EXIT_INTERRUPTED
 from elastic_ep.testing.history import Event, History, Kind
+from elastic_ep.testing.server import rank_processes
 
 
 def test_prompts_are_texts_of_the_models_vocabulary() -> None:
@@ -57,3 +61,18 @@ def test_the_demo_loses_nothing() -> None:
     assert report["lost_tokens"] == report["duplicated_tokens"] == report["failed_requests"] == 0
     failed = [rank for recovery in report["recoveries"] if recovery["kind"] in ("exited", "stopped") for rank in recovery["ranks"]]
     assert sorted(failed) == [0, 2, 3]
+
+
+def test_the_demo_that_is_ended_leaves_no_server() -> None:
+    """As a service manager does it, with SIGTERM to the one process that it started."""
+    demo = subprocess.Popen([sys.executable, "-m", "elastic_ep.cli.main", "demo", "--json"], stdout=subprocess.DEVNULL)
+    with demo:
+        servers: list[int] = []
+        deadline = time.monotonic() + 60
+        while not servers:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            servers = [int(pid) for pid in Path(f"/proc/{demo.pid}/task/{demo.pid}/children").read_text().split()]
+        demo.terminate()
+        assert demo.wait(30) == EXIT_INTERRUPTED
+    assert not rank_processes(servers)

@@ -226,6 +226,37 @@ def test_a_file_in_the_working_folder_is_not_imported(checkpoint, tmp_path, monk
     assert "working folder" not in server.stderr
 
 
+NO_MORE_THREADS = """
+import os, threading
+start = threading.Thread.start
+def start_or_not(thread):
+    if os.path.exists({flag!r}):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = start_or_not
+"""
+
+
+def test_a_rank_dies_while_the_system_gives_no_more_threads(checkpoint, tmp_path, monkeypatch):
+    flag = tmp_path / "no more threads"
+    (tmp_path / "sitecustomize.py").write_text(NO_MORE_THREADS.format(flag=str(flag)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])]))
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2", "--num-redundant-experts", "8") as server:
+        body = {"model": server.facts["model"], "prompt": [1, 2], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(post(f"{server.url}/v1/completions", body | {"return_token_ids": True})))
+        thread.start()
+        server.wait_status(lambda status: status["tokens_committed"] > 20)
+        flag.touch()
+        server.signal_rank(0)
+        thread.join(30)
+        flag.unlink()
+        server.wait_status(lambda status: status["active_ranks"] == [1, 1] and status["phase"] == "serving")
+        ids = answers[0]["choices"][0]["token_ids"]
+        assert ids == post(f"{server.url}/v1/completions", body | {"return_token_ids": True})["choices"][0]["token_ids"]
+        assert server.stop() == 0
+
+
 def test_a_seat_is_filled_again_though_the_folder_of_sockets_was_removed(checkpoint, monkeypatch):
     with tempfile.TemporaryDirectory(prefix="eep") as place:
         monkeypatch.setenv("TMPDIR", place)

@@ -25,7 +25,8 @@ def test_a_drain_needs_no_body(api: Api) -> None:
 def test_refusals(api: Api) -> None:
     assert "new_ep_size must be at least 1, got 0" in api.request("POST", "/scale_elastic_ep", json={"new_ep_size": 0}).text
     assert "new_ep_size is required" in api.request("POST", "/scale_elastic_ep", json={}).text
-    assert api.request("POST", "/elastic/ranks/two/drain").status_code == 404
+    for rank in ("two", "-1", "9" * 5000):
+        assert api.request("POST", f"/elastic/ranks/{rank}/drain").status_code == 404
     assert api.get("/elastic/operations/none").status_code == 404
     api.backend.refuse = OperationRefused("no member would be left to serve")
     answer = api.request("POST", "/elastic/ranks/0/drain")
