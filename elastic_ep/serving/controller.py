@@ -291,7 +291,8 @@ class Controller:
                 if command.kind == "installed":
                     self.serving.set()
                 elif command.kind == "rank_left_out":
-                    log.error("rank %d is not started again: %s; scale to the size that is wanted to try anew", *command.data.values())
+                    rank, reason = command.data["rank"], command.data["reason"]
+                    log.error("rank %d is not started again: %s; scale to the size that is wanted to try anew", rank, reason)
                 elif command.kind == "operation_finished":
                     self._desk.note_finished(command.data["operation_id"])
             case ev.Fence():
