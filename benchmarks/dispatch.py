@@ -143,7 +143,7 @@ def rank_main(rank: int, folder: str, with_mpi: bool) -> None:
         failed = [mesh.connect({r: f"unix:{folder}/r{r}" for r in range(RANKS)}, 30)]
         if with_mpi:
             sides["mpi"] = open_sides.enter_context(MpiDispatcher(rank, deadline_s=60))
-            failed.append(sides["mpi"].connect({r: f"mpi:{r}" for r in range(RANKS)}, 30))
+            failed.append(sides["mpi"].connect({r: f"mpi:{r}" for r in range(RANKS)}, 30, epoch=1))
         assert not any(failed), failed
         sides["gloo"] = GlooPeer(rank, folder)
         step = 0
