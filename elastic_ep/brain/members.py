@@ -133,6 +133,7 @@ def bury(state: BrainState, seat: Seat, now: float) -> None:
     elif state.settings.restart and not state.stopping:
         reason = f"{seat.failed_starts} processes in a row failed before they were members; the last: {seat.failure}"
         state.publish("rank_left_out", rank=seat.rank, reason=reason)
+        operations.on_seat_left_out(state, seat.rank, reason, now)
 
 
 def fencing_seats(state: BrainState) -> list[Seat]:

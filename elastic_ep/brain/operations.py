@@ -76,7 +76,8 @@ def begin(state: BrainState, request: Request, now: float) -> None:
         size = request.new_ep_size
         operation = Operation(request.operation_id, OperationKind.SCALE, size, request.drain, now, leavers=_leavers(state, size))
         operation.seats_to_add = max(0, size - len(wanted_seats(state)))
-        operation.joiners = _start_again(state, operation.leavers, now)
+        if not operation.seats_to_add:
+            operation.joiners = operation.seats_before = _start_again(state, operation.leavers, now)
     state.operation = state.operations[request.operation_id] = operation
     while len(state.operations) > OPERATIONS_KEPT:
         del state.operations[next(iter(state.operations))]
@@ -188,13 +189,20 @@ def on_seat_lost(state: BrainState, rank: int, now: float) -> None:
     undo(state, f"rank {rank} failed before it was a member: {state.seats[rank].failure}", now)
 
 
+def on_seat_left_out(state: BrainState, rank: int, reason: str, now: float) -> None:
+    """No process is started for this seat any more. It was a member when it died, so its operation is not undone; but it never ends."""
+    if state.operation is not None and rank in state.operation.joiners:
+        _finish(state, OperationState.FAILED, f"rank {rank}: {reason}; the others stay", now)
+
+
 def undo(state: BrainState, reason: str, now: float) -> None:
-    """Give the running operation up, if there is one. Its joiners go again, unless nobody else is there to serve."""
+    """Give the running operation up, if there is one. Its joiners go again, unless nobody else is there to serve. A seat that was there
+    before stays: processes are started for it like for any other."""
     operation = state.operation
     if operation is None:
         return
     for joiner in operation.joiners if state.group.phase is not Phase.BOOTING else ():
-        if not state.membership.is_active(joiner):
+        if not state.membership.is_active(joiner) and joiner not in operation.seats_before:
             retire(state, state.seats[joiner], now)
     _finish(state, OperationState.FAILED, reason, now)
 

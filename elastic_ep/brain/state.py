@@ -106,7 +106,7 @@ class Operation:
     Attributes:
         target: the new ep_size of a SCALE, the rank of a DRAIN.
         drain: "move" computes the leavers' requests again elsewhere, "finish" lets them end first.
-        joiners, leavers: the ranks that it adds and retires; `seats_to_add` are not seats yet.
+        joiners, leavers: the ranks that it adds and retires; `seats_to_add` are not seats yet, `seats_before` of the joiners were given up.
     """
 
     operation_id: str
@@ -117,6 +117,7 @@ class Operation:
     joiners: tuple[int, ...] = ()
     leavers: tuple[int, ...] = ()
     seats_to_add: int = 0
+    seats_before: tuple[int, ...] = ()
     state: OperationState = OperationState.RUNNING
     reason: str = ""
     finished: float | None = None

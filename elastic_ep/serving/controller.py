@@ -87,6 +87,7 @@ class Controller:
         self._unreported: set[tuple[int, int]] = set()
         """processes asked for, of which the launcher has said nothing yet"""
         self._server: asyncio.Server | None = None
+        self._listening: asyncio.Task[None] | None = None
         self._backup_fd = -1
         self._store: tuple[Any, str] | None = None  # kept so that it goes on; where ranks find it
         self._backup: HostBackup | None = None
@@ -119,6 +120,7 @@ class Controller:
         self.stopped = asyncio.Event()
         self.serving = asyncio.Event()
         self._control_path = str(self._run_dir / "control.sock")
+        self._control = f"unix:{self._control_path}"
         await self._listen()
         if self.config.host_backup == "experts":
             shape = (self.spec.num_layers, self.spec.num_experts, self.spec.slot_bytes(self.config.dtype))
@@ -137,13 +139,22 @@ class Controller:
         self._set_timer()
 
     async def _listen(self) -> None:
-        """For the ranks of this host. Not the first time: somebody has emptied the folder for temporary files."""
-        if self._server is not None:
-            log.error("%s was removed under the server; it is made anew: keep what cleans it away from elastic-ep-*", self._run_dir)
-            self._server.close()
-            os.close(self._run_dir_lock)
-            self._run_dir_lock = lock_run_dir(self._run_dir)
+        """For the ranks of this host."""
         self._server = await self._loop.create_unix_server(self._make_link, self._control_path, backlog=1024)
+
+    async def _listen_again(self) -> None:
+        """Somebody has emptied the folder for temporary files."""
+        log.error("%s was removed under the server; it is made anew: keep what cleans it away from elastic-ep-*", self._run_dir)
+        old_server, old_lock = self._server, self._run_dir_lock
+        try:
+            self._run_dir_lock = lock_run_dir(self._run_dir)
+            os.close(old_lock)
+            await self._listen()
+        except OSError as error:
+            log.error("cannot make %s anew: %s; no rank can start until it is there", self._run_dir, error)
+            return
+        if old_server is not None:
+            old_server.close()
 
     async def _let_agents_in(self) -> None:
         remote, checkpoint = self.config.remote, self.config.checkpoint
@@ -175,14 +186,14 @@ class Controller:
         if not self._launcher.is_running:
             self._launcher.close()
             self._start_launcher()
-        if not Path(self._control_path).exists():
-            self._listening = self._loop.create_task(self._listen())
+        if not Path(self._control_path).exists() and (self._listening is None or self._listening.done()):
+            self._listening = self._loop.create_task(self._listen_again())
         self._unreported.add((rank, incarnation))
         self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
         store = "" if self._store is None else self._store[1]
-        place = RankPlace(rank, incarnation, f"unix:{self._control_path}", str(self._run_dir), self._token, self._backup_fd, store)
+        place = RankPlace(rank, incarnation, self._control, str(self._run_dir), self._token, self._backup_fd, store)
         return rank_program(place, self.config, self.brain.state.topology, self.settings.step_timeout_s)
 
     async def wait_serving(self) -> None:
@@ -292,7 +303,7 @@ class Controller:
                     self.serving.set()
                 elif command.kind == "rank_left_out":
                     rank, reason = command.data["rank"], command.data["reason"]
-                    log.error("rank %d is not started again: %s; scale to the size that is wanted to try anew", rank, reason)
+                    log.error("rank %d is not started again: %s; scale to the present size to try anew", rank, reason)
                 elif command.kind == "operation_finished":
                     self._desk.note_finished(command.data["operation_id"])
             case ev.Fence():

@@ -15,7 +15,7 @@ PREFIX = "elastic-ep-"
 LONGEST_NAME = "r9999.9999999.w"
 """of a socket: rank, and how many processes the seat has had"""
 MAX_UNIX_PATH = 107
-"""characters of a socket's path, by the system"""
+"""bytes of a socket's path, by the system"""
 _YOUNG_S = 10.0
 """a folder that is newer may belong to a controller that has not locked it yet"""
 
@@ -29,13 +29,22 @@ def make_run_dir() -> tuple[Path, int]:
     _remove_stale()
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     name = str(folder / LONGEST_NAME)
-    if not name.isascii() or len(name) > MAX_UNIX_PATH:
+    if not _is_text(name) or len(os.fsencode(name)) > MAX_UNIX_PATH:
         folder.rmdir()
         raise InvalidInputError(
-            f"sockets cannot lie in {folder.parent}: their paths, as {name!r}, may have {MAX_UNIX_PATH} ASCII characters; set TMPDIR to "
-            f"another folder"
+            f"sockets cannot lie in {str(folder.parent)!a}: the system takes {MAX_UNIX_PATH} bytes of text for the path of one, as "
+            f"{name!a}; set TMPDIR to another folder"
         )
     return folder, lock_run_dir(folder)
+
+
+def _is_text(name: str) -> bool:
+    """Whether other processes can be told of it: not under a locale that does not know its characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def lock_run_dir(folder: Path) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from elastic_ep.brain import events as ev
 from elastic_ep.brain import operations
-from elastic_ep.brain.messages import Stage, StageFailed
+from elastic_ep.brain.messages import Install, Stage, StageFailed
 from elastic_ep.brain.seats import SeatState
 from elastic_ep.brain.state import OperationState
 from elastic_ep.core.links import SourceKind
@@ -125,16 +125,41 @@ def test_scaling_to_the_present_size_fills_a_seat_that_was_given_up():
     finish(world)
 
 
-def test_growth_also_fills_a_seat_that_was_given_up():
+def test_a_group_with_a_seat_that_cannot_be_filled_can_grow():
     world = loaded_world(restart_limit=3)
-    given_up(world, 0)
+    given_up(world, 2)
+    world.unstartable.add(2)
     scale(world, 5)
     world.settle_until(lambda: world.brain.state.operations["s"].state is OperationState.DONE)
-    assert world.brain.state.membership.ranks == (0, 1, 2, 3, 4)
+    assert world.brain.state.membership.ranks == (0, 1, 3, 4)
     finish(world)
 
 
-def test_a_seat_that_cannot_be_filled_fails_the_scaling_and_can_be_filled_by_another():
+def test_a_seat_that_dies_in_every_install_ends_the_scaling(monkeypatch):
+    """It is a member by then, so that the operation is not undone."""
+    world = loaded_world(restart_limit=3)
+    state = world.brain.state
+    given_up(world, 2)
+    install = world.install
+
+    def die(rank: int, message: Install) -> None:
+        if rank == 2:
+            world.feed(ev.RankFailed(2, state.seats[2].incarnation, ev.FailureCause.EXITED))
+        else:
+            install(rank, message)
+
+    monkeypatch.setattr(world, "install", die)
+    world.feed(ev.ScaleRequested("s", 4, "move"))
+    for _ in range(400):
+        world.settle()
+        world.pass_time(0.1)
+    operation = state.operations["s"]
+    assert (operation.state, state.operation) == (OperationState.FAILED, None)
+    assert operation.reason.startswith("rank 2: 3 processes in a row failed")
+    check_all(world, 80)
+
+
+def test_a_seat_whose_process_fails_again_fails_the_scaling_and_is_tried_like_any_other():
     world = loaded_world(restart_limit=3)
     state = world.brain.state
     given_up(world, 1)
@@ -143,8 +168,10 @@ def test_a_seat_that_cannot_be_filled_fails_the_scaling_and_can_be_filled_by_ano
     world.feed(ev.RankFailed(1, state.seats[1].incarnation, ev.FailureCause.EXITED))
     assert state.operations["s"].state is OperationState.FAILED
     assert state.operations["s"].reason.startswith("rank 1 failed before it was a member")
-    scale(world, 4, "again")
-    world.settle_until(lambda: state.operations["again"].state is OperationState.DONE)
+    assert state.seats[1].state is SeatState.DEAD, "it was there before"
+    for _ in range(200):
+        world.settle()
+        world.pass_time(0.1)
     assert state.membership.ranks == (0, 1, 2, 3)
     finish(world)
 

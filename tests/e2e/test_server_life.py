@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -191,9 +192,26 @@ def test_a_stopped_launcher_keeps_no_seat_empty(checkpoint):
         server.signal_rank(1)
         status = server.wait_status(lambda s: s["active_ranks"] == [1, 1] and s["ranks"][1]["incarnation"] > 0)
         assert status["phase"] == "serving"
-        assert children(server.process.pid) != [launcher]
+        assert children(server.process.pid) == [launcher]
         server.stop()
-    assert f"the launcher, process {launcher}, is stopped by a signal" in server.stderr
+    assert f"the launcher, process {launcher}, is stopped by a signal; it is woken" in server.stderr
+
+
+def test_a_process_that_cannot_be_forked_ends_no_other(checkpoint):
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "3", "--num-redundant-experts", "8") as server:
+        (launcher,) = children(server.process.pid)
+        before = [server.rank_pid(rank) for rank in range(3)]
+        limits = resource.prlimit(launcher, resource.RLIMIT_NOFILE)
+        taken = {int(fd) for fd in os.listdir(f"/proc/{launcher}/fd")}
+        free = next(fd for fd in range(len(taken) + 1) if fd not in taken)
+        resource.prlimit(launcher, resource.RLIMIT_NOFILE, (free, limits[1]))
+        os.kill(before[1], 35)  # a signal without a name
+        status = server.wait_status(lambda s: "no process can be started" in s["ranks"][1]["failure"])
+        resource.prlimit(launcher, resource.RLIMIT_NOFILE, limits)
+        assert [status["ranks"][rank]["pid"] for rank in (0, 2)] == [before[0], before[2]]
+        status = server.wait_status(lambda s: s["active_ranks"] == [1, 1, 1] and s["phase"] == "serving")
+        assert [status["ranks"][rank]["pid"] for rank in (0, 2)] == [before[0], before[2]]
+        assert children(server.process.pid) == [launcher]
 
 
 def test_a_stopped_rank_and_a_stopped_launcher_end_with_the_controller_too(checkpoint):
@@ -269,22 +287,38 @@ def _remove_the_folder_of_sockets(checkpoint, tmp_path):
         before = post(f"{server.url}/v1/completions", body)["choices"][0]["token_ids"]
         (folder,) = tmp_path.glob("elastic-ep-*")
         shutil.rmtree(folder)
-        for rank in (2, 0):
+        for rank, incarnations in ((2, [0, 0, 1]), (0, [1, 0, 1])):
             server.signal_rank(rank)
-            server.wait_status(
+            status = server.wait_status(
                 lambda s, r=rank: s["active_ranks"] == [1, 1, 1] and s["ranks"][r]["incarnation"] > 0 and s["phase"] == "serving"
             )
+            assert [r["incarnation"] for r in status["ranks"]] == incarnations, "nobody else has died of it"
         assert post(f"{server.url}/v1/completions", body)["choices"][0]["token_ids"] == before
         assert server.stop() == 0
     assert f"{folder} was removed under the server" in server.stderr
     assert not list(tmp_path.glob("elastic-ep-*"))
 
 
-@pytest.mark.parametrize("name", ["x" * 80, "ü"])
-def test_a_folder_that_cannot_hold_sockets_is_one_line(checkpoint, tmp_path, monkeypatch, name):
+def test_the_others_serve_on_without_the_folder_of_sockets(checkpoint, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="eep") as place:
+        monkeypatch.setenv("TMPDIR", place)
+        options = ("--ep-size", "3", "--num-redundant-experts", "8", "--restart", "never")
+        with ServerProcess(checkpoint("qwen3_moe"), *options) as server:
+            (folder,) = Path(place).glob("elastic-ep-*")
+            shutil.rmtree(folder)
+            server.signal_rank(2)
+            server.wait_status(lambda s: s["active_ranks"] == [1, 1, 0] and s["phase"] == "serving")
+            assert post(f"{server.url}/v1/completions", {"model": server.facts["model"], "prompt": [1], "max_tokens": 5})["choices"]
+            assert [rank["state"] for rank in server.status()["ranks"]] == ["active", "active", "dead"]
+            assert server.stop() == 0
+
+
+@pytest.mark.parametrize(("name", "locale"), [("x" * 80, {}), ("ü", {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})])
+def test_a_folder_that_cannot_hold_sockets_is_one_line(checkpoint, tmp_path, monkeypatch, name, locale):
     folder = tmp_path / name
     folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
+    for variable, value in {"TMPDIR": str(folder), **locale}.items():
+        monkeypatch.setenv(variable, value)
     result = elastic_ep("serve", str(checkpoint("qwen3_moe")), "--port", "0")
     assert result.returncode == 2
     assert "set TMPDIR to another folder" in result.stderr

@@ -376,7 +376,7 @@ def test_a_container_has_what_its_control_group_allows(tmp_path):
     for group, most, used in ((inner, "max", 5), (inner.parent, "7000000", 2000000)):
         (group / "memory.max").write_text(f"{most}\n")
         (group / "memory.current").write_text(f"{used}\n")
-        (group / "memory.stat").write_text("anon 3\ninactive_file 500000\n")
+        (group / "memory.stat").write_text("anon 3\ninactive_file 400000\nactive_file 100000\n")
     assert _available_bytes(proc, groups) == 5500000
     (inner / "memory.max").write_text("1000\n")
     (inner / "memory.stat").write_text("anon 3\n")

@@ -6,6 +6,7 @@ those above it call it. A rank whose address changed is a new process: its old c
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -53,11 +54,13 @@ class Mesh:
         Raises InvalidInputError.
         """
         if self._listener is not None and not addresses.exists(self.address):
-            self._listener.close()
-            self._listener = None
+            with contextlib.suppress(InvalidInputError):  # its folder is not there again yet; the channels that there are need no listener
+                again, _ = addresses.listen(self.address)
+                self._listener.close()
+                self._listener = again
         if self._listener is None:
             self._listener, self.address = addresses.listen(self.address)
-            if self._region_bytes and self.outbox is None and self._listener.family == socket.AF_UNIX:
+            if self._region_bytes and self._listener.family == socket.AF_UNIX:
                 try:
                     self.outbox = Outbox(self._region_bytes)
                 except OutboxError:

@@ -261,8 +261,12 @@ class Agent:
 
     def _on_process(self, event: ProcessEvent) -> None:
         key = (event.rank, event.incarnation)
+        never_was = event.kind == "exited" and key in self._unreported
         self._unreported.discard(key)
-        if event.kind == "spawned":
+        if never_was:
+            self._forget(key)
+            self._report(event)
+        elif event.kind == "spawned":
             self._faults.reach("agent_spawned")
             process = self._processes[key] = LocalProcess(event.pid, self._loop, lambda: None)
             process.watch()

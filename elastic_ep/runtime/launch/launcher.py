@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """a rank that was asked for so long ago and is not there: what is the zygote doing?"""
+WAKES = 3
+"""so often a zygote that is found stopped is woken"""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
 
 
@@ -55,6 +58,7 @@ class Launcher:
         self._on_lost = on_lost
         self._lives: Lives
         self._cells: dict[tuple[int, int], int] = {}
+        self._times_stopped = 0
         self._outbox: deque[bytes] = deque()
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,10 +102,14 @@ class Launcher:
         """Until it has answered. A zygote that a signal holds up would start neither this process nor any that is asked for later."""
         if (rank, incarnation) not in self._cells or self._sock is None or self._process is None or self._loop is None:
             return
-        if process_state(self._process.pid).letter in ("T", "t"):
-            log.error("the launcher, process %d, is stopped by a signal; it is ended, another starts with the next rank", self._process.pid)
-            self._process.kill()
-            return
+        if process_state(self._process.pid).letter == "T":
+            pid, self._times_stopped = self._process.pid, self._times_stopped + 1
+            if self._times_stopped > WAKES:
+                log.error("the launcher, process %d, is stopped again and again; it is ended, another starts with the next rank", pid)
+                self._process.kill()
+                return
+            log.error("the launcher, process %d, is stopped by a signal; it is woken", pid)
+            self._process.send_signal(signal.SIGCONT)
         self._loop.call_later(LOOK_S, self._look, rank, incarnation)
 
     def _write(self) -> None:
@@ -137,6 +145,8 @@ class Launcher:
             if kind == "ready":
                 continue
             event = ProcessEvent(kind, **record)
+            if kind == "exited" and (event.rank, event.incarnation) in self._cells:  # it never was there
+                self._lives.give_back(self._cells.pop((event.rank, event.incarnation)))
             self._on_event(event)
             if kind == "spawned":
                 self._watch(event)

@@ -43,6 +43,10 @@ class Lives:
         self._taken.add(cell)
         return cell
 
+    def give_back(self, cell: int) -> None:
+        """Nobody has come to hold it."""
+        self._taken.discard(cell)
+
     def _address(self, cell: int) -> ctypes.c_void_p:
         return ctypes.c_void_p(self._begin + cell * _CELL_BYTES)
 

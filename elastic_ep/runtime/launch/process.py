@@ -35,6 +35,8 @@ class LocalProcess:
     def __init__(self, pid: int, loop: asyncio.AbstractEventLoop, on_exit: Callable[[], None]) -> None:
         self.pid = pid
         self.has_exited = False
+        self._is_doomed = False
+        self._retry: asyncio.TimerHandle | None = None
         self._loop = loop
         self._on_exit = on_exit
         self._fd = -1
@@ -49,9 +51,11 @@ class LocalProcess:
             self._loop.call_soon(self._exited)
         except OSError as error:
             log.error("cannot watch process %d: %s; raise the limit of open files (ulimit -n)", self.pid, error.strerror)
-            self._loop.call_later(RETRY_S, self.watch)
+            self._retry = self._loop.call_later(RETRY_S, self.watch)
         else:
             self._loop.add_reader(self._fd, self._exited)
+            if self._is_doomed:
+                self.kill()
 
     def _exited(self) -> None:
         if self.has_exited:
@@ -61,15 +65,19 @@ class LocalProcess:
         self._on_exit()
 
     def kill(self) -> None:
-        """SIGKILL, unless it has ended already."""
-        self.watch()
-        if self._fd >= 0:
-            try:
-                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        """SIGKILL, unless it has ended already; where it cannot be reached yet, as soon as it can."""
+        self._is_doomed = True
+        if self._fd < 0:
+            self.watch()
+            return
+        try:
+            signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
     def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
             os.close(self._fd)
@@ -96,4 +104,12 @@ def process_state(pid: int) -> ProcessState:
 def describe_exit(wait_status: int) -> str:
     """A wait status in words: "signal SIGKILL", "status 4"."""
     number = wait_status & 0x7F
-    return f"signal {signal.Signals(number).name}" if number else f"status {wait_status >> 8}"
+    return f"signal {signal_name(number)}" if number else f"status {wait_status >> 8}"
+
+
+def signal_name(number: int) -> str:
+    """Its name, or its number where it has none (real-time signals)."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from elastic_ep.runtime.launch.lives import Lives
+from elastic_ep.runtime.launch.process import signal_name
 
 MAX_PACKET_BYTES = 1 << 16
 
@@ -62,15 +63,8 @@ class Zygote:
         return order
 
     def serve(self) -> None:
-        """Until the controller is gone; then no child is left running, or stopped."""
+        """Until the controller is gone; then no child is left running, or stopped. If we end otherwise they live on."""
         end_with_parent(signal.SIGCONT)  # to see the end of its channel, if stopped
-        try:
-            self._serve()
-        finally:
-            for pid in self.children:
-                os.kill(pid, signal.SIGKILL)  # nobody else has waited for it, so it is still that process
-
-    def _serve(self) -> None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake_w, warn_on_full_buffer=False)
         gc.freeze()  # children share the pages of everything imported so far
@@ -89,6 +83,8 @@ class Zygote:
                 else:
                     order = self.receive()
                     if order is None:
+                        for pid in self.children:
+                            os.kill(pid, signal.SIGKILL)  # nobody else waits for it, so it is still that process
                         return
                     self.spawn(order)
 
@@ -105,29 +101,39 @@ class Zygote:
             if event == "exited":
                 self.children.pop(info.si_pid, None)
             signalled = info.si_code in (os.CLD_KILLED, os.CLD_DUMPED, os.CLD_STOPPED)
-            status = f"signal {signal.Signals(info.si_status).name}" if signalled else f"status {info.si_status}"
+            status = f"signal {signal_name(info.si_status)}" if signalled else f"status {info.si_status}"
             self.send(event=event, rank=rank, incarnation=incarnation, pid=info.si_pid, status=status)
 
     def spawn(self, order: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        holds_r, holds_w = os.pipe()
-        pid = os.fork()
+        which = {"rank": order["rank"], "incarnation": order["incarnation"]}
+        try:
+            holds_r, holds_w = os.pipe()
+            try:
+                pid = os.fork()
+            except OSError:
+                os.close(holds_w)
+                os.close(holds_r)
+                raise
+        except OSError as error:  # no descriptor, process or memory is left
+            self.send(event="exited", **which, pid=0, status=f"no process can be started: {error.strerror}")
+            return
         if pid == 0:
-            self.lives.hold(order["cell"])
-            os.close(holds_w)
-            os.close(holds_r)
-            self._become(order)
+            self._become(order, holds_r, holds_w)
         os.close(holds_w)
         os.read(holds_r, 1)  # until the child has its cell, or has ended
         os.close(holds_r)
         self.children[pid] = (order["rank"], order["incarnation"])
-        self.send(event="spawned", rank=order["rank"], incarnation=order["incarnation"], pid=pid)
+        self.send(event="spawned", **which, pid=pid)
 
-    def _become(self, order: dict[str, Any]) -> None:
+    def _become(self, order: dict[str, Any], holds_r: int, holds_w: int) -> None:
         """In the child: forget the zygote and be a rank. Never returns."""
         status = 1
         try:
+            self.lives.hold(order["cell"])
+            os.close(holds_w)
+            os.close(holds_r)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self.wake_r)

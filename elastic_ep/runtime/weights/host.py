@@ -149,4 +149,4 @@ def _room(group: Path) -> int:
         cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no limit, or none that can be seen
         return 1 << 62
-    return most - used + int(cache.get("inactive_file", 0))
+    return most - used + int(cache.get("inactive_file", 0)) + int(cache.get("active_file", 0))
