@@ -129,6 +129,7 @@ class Schedule:
         spread: the level on which replicas are kept apart.
         has_backup: each host keeps a copy of all experts in its memory, filled in the background.
         late_s: how long after the start the agents of other hosts come.
+        restart_limit: see `BrainSettings`.
     """
 
     seed: int
@@ -152,6 +153,7 @@ class Schedule:
     spread: str = "rank"
     has_backup: bool = False
     late_s: float = 0.01
+    restart_limit: int = 5
 
     def settings(self) -> BrainSettings:
         """As a server would have them, with shorter patience."""
@@ -171,6 +173,7 @@ class Schedule:
             restart_backoff_s=0.1,
             restart_backoff_max_s=0.8,
             restart_reset_s=1.0,
+            restart_limit=self.restart_limit,
             rebalance_interval_s=self.rebalance_s,
             rebalance_min_gain=0.0,
         )
@@ -225,6 +228,7 @@ def draw(seed: int, ep_size: int = 0, shape: tuple[int, int] | None = None) -> S
         spread="node" if nodes and rng.random() < 0.6 else "rank",
         has_backup=has_backup,
         late_s=rng.choice((0.01, 0.01, 0.01, 0.3, 1.6)) if remote else 0.01,
+        restart_limit=rng.choice((1, 2, 5, 5)),
     )
 
 

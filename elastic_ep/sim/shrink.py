@@ -49,6 +49,7 @@ def _smaller(schedule: Schedule) -> Iterator[Schedule]:
         {"has_backup": False},
         {"spread": "rank"},
         {"late_s": 0.01},
+        {"restart_limit": 5},
         {"num_layers": 1},
         {"loss": 0.0},
         {"plan_s": 0.0},
