@@ -92,7 +92,7 @@ def grow(state: BrainState, now: float) -> None:
     """Add the seats that the running operation asks for. Only while nothing is planned or staged: plans know the seats of their time."""
     operation = state.operation
     if operation is not None and operation.seats_to_add:
-        operation.joiners += _add_seats(state, operation.seats_to_add, now)
+        operation.joiners = _add_seats(state, operation.seats_to_add, now)
         operation.seats_to_add = 0
 
 

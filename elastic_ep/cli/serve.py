@@ -189,15 +189,11 @@ def run(args: argparse.Namespace) -> int:
 
     def announce(facts: dict[str, Any]) -> None:
         text = (
-            json.dumps(facts)
-            if args.json
-            else (
-                f"elastic-ep: serving {facts['model']} on {facts['url']}: {facts['ep_size']} ranks, {facts['slots']} slots for "
-                f"{facts['experts']} experts in each of {facts['layers']} layers"
-            )
+            f"elastic-ep: serving {facts['model']} on {facts['url']}: {facts['ep_size']} ranks, {facts['slots']} slots for "
+            f"{facts['experts']} experts in each of {facts['layers']} layers"
         )
         try:
-            print(text, flush=True)
+            print(json.dumps(facts) if args.json else text, flush=True)
         except OSError as error:  # nobody reads it; clients may all the same
             logging.getLogger(__name__).warning("cannot say on standard output that serving begins: %s", error.strerror)
             sys.stdout = None  # what is left in its buffer is not to be tried again at the end
