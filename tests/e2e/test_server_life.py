@@ -225,13 +225,30 @@ def test_a_stopped_rank_and_a_stopped_launcher_end_with_the_controller_too(check
         wait_gone(pids, 5.0)
 
 
+@pytest.fixture
+def closed_terminal():
+    """What a closed terminal does to processes that are started: to be set as the shell, or nohup, sets it."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda action: signal.signal(signal.SIGHUP, action)
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_closed_terminal_ends_the_server_as_sigterm_does(checkpoint, number):
+def test_a_closed_terminal_ends_the_server_as_sigterm_does(checkpoint, closed_terminal, number):
+    closed_terminal(signal.SIG_DFL)
     with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
         pids = [server.rank_pid(rank) for rank in range(2)]
         server.process.send_signal(number)
         assert server.process.wait(15) == 0
         wait_gone(pids, 5.0)
+
+
+def test_a_closed_terminal_does_not_end_a_server_that_nohup_has_started(checkpoint, closed_terminal):
+    closed_terminal(signal.SIG_IGN)
+    with ServerProcess(checkpoint("qwen3_moe"), "--ep-size", "2") as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert post(f"{server.url}/v1/completions", {"model": server.facts["model"], "prompt": [1], "max_tokens": 5})["choices"]
+        assert server.process.poll() is None
 
 
 def test_a_file_in_the_working_folder_is_not_imported(checkpoint, tmp_path, monkeypatch):
