@@ -29,13 +29,18 @@ def no_descriptors() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def sleeping() -> tuple[subprocess.Popen[bytes], LocalProcess, asyncio.Event]:
+    """A process, what holds it, and the event of its end."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ended = asyncio.Event()
+    return child, LocalProcess(child.pid, asyncio.get_running_loop(), ended.set), ended
+
+
 def test_it_is_neither_lost_nor_taken_for_dead(monkeypatch, caplog):
     monkeypatch.setattr(process, "RETRY_S", 0.01)
 
     async def scenario() -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        ended = asyncio.Event()
-        local = LocalProcess(child.pid, asyncio.get_running_loop(), ended.set)
+        child, local, ended = sleeping()
         with no_descriptors():
             local.watch()
             assert local.state().letter == "?"
@@ -55,9 +60,7 @@ def test_it_is_killed_though_it_could_not_be_watched(monkeypatch):
     monkeypatch.setattr(process, "RETRY_S", 1000.0)
 
     async def scenario() -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        ended = asyncio.Event()
-        local = LocalProcess(child.pid, asyncio.get_running_loop(), ended.set)
+        child, local, ended = sleeping()
         with no_descriptors():
             local.watch()
         local.kill()
