@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
+import resource
 import signal
 import socket
 import struct
@@ -373,6 +375,35 @@ def test_an_answer_that_came_while_the_rank_was_stopped_past_its_deadline_counts
         monkeypatch.setattr(one._mesh, "_poll", stopped_poll)
         assert one.connect(world.addresses, 0.2) is None
         assert answered == [None]
+
+
+def _connect_without_room(peers: dict[int, str], pipe: Any) -> None:
+    """Rank 1, which has address space left for half an outbox."""
+    with SocketDispatcher(1, peers[1], token=TOKEN) as dispatcher:
+        dispatcher.listen()
+        assert dispatcher._mesh.outbox is not None
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = used + dispatcher._mesh.outbox.region_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        pipe.send(dispatcher.connect(peers, 5.0))
+        pipe.recv()
+
+
+def test_a_rank_without_room_for_a_peers_outbox_shares_none(folder: Path) -> None:
+    """Rank 0 is done once it has answered, and must not be counted on to answer again."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    peers = {r: f"unix:{folder}/{r}" for r in (0, 1)}
+    starved = context.Process(target=_connect_without_room, args=(peers, theirs), daemon=True)
+    starved.start()
+    with SocketDispatcher(0, peers[0], token=TOKEN) as zero:
+        assert zero.connect(peers, 30.0) is None
+        assert ours.poll(10.0)
+        assert ours.recv() is None
+        assert zero._mesh.channels[1].inbox is None
+        ours.send(None)
+        starved.join(10.0)
+    assert starved.exitcode == 0
 
 
 def test_an_old_answer_of_a_peer_that_has_hung_up_is_no_channel(parted: World) -> None:
