@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 from elastic_ep.core.errors import InvalidInputError
+from elastic_ep.runtime.control.address import MAX_UNIX_PATH_BYTES
 
 PREFIX = "elastic-ep-"
 LONGEST_NAME = "r9999.9999999.w"
 """of a socket: rank, and how many processes the seat has had"""
-MAX_UNIX_PATH = 107
-"""bytes of a socket's path, by the system"""
 _YOUNG_S = 10.0
 """a folder that is newer may belong to a controller that has not locked it yet"""
 
@@ -29,10 +28,10 @@ def make_run_dir() -> tuple[Path, int]:
     _remove_stale()
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     name = str(folder / LONGEST_NAME)
-    if not _is_text(name) or len(os.fsencode(name)) > MAX_UNIX_PATH:
+    if not _is_text(name) or len(os.fsencode(name)) > MAX_UNIX_PATH_BYTES:
         folder.rmdir()
         raise InvalidInputError(
-            f"sockets cannot lie in {str(folder.parent)!a}: the system takes {MAX_UNIX_PATH} bytes of text for the path of one, as "
+            f"sockets cannot lie in {str(folder.parent)!a}: the system takes {MAX_UNIX_PATH_BYTES} bytes of text for the path of one, as "
             f"{name!a}; set TMPDIR to another folder"
         )
     return folder, lock_run_dir(folder)
