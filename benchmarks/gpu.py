@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,8 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams of one process that wait for each other must not share a queue
 
 import torch
 

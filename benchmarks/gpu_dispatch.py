@@ -95,13 +95,14 @@ def floor_bytes(num_ranks: int, tokens: int) -> int:
 class Side:
     """One rank's dispatcher and what it replays."""
 
-    def __init__(self, rank: int, num_ranks: int, num_seats: int, folder: str, split: bool | None = None):
+    def __init__(self, rank: int, num_ranks: int, num_seats: int, folder: str, split: bool | None = None, in_place: bool = True):
         capacity = Capacity(num_seats, EXPERTS, LAYERS + 1, max_tokens=max(TOKENS), top_k=TOP_K, hidden=HIDDEN)
-        address = f"unix:{folder}/{num_seats}-{num_ranks}-{rank}"
+        address = f"unix:{folder}/{num_seats}-{num_ranks}-{in_place}-{rank}"
         options: dict[str, Any] = {"token": "benchmark", "deadline_s": 20.0, "cache": Path(folder), "split": split}
         options["device"] = torch.cuda.current_device()
         self.dispatcher = CudaDispatcher(rank, address, capacity, **options)
-        self.peers = {r: f"unix:{folder}/{num_seats}-{num_ranks}-{r}" for r in range(num_ranks)}
+        self.peers = {r: f"unix:{folder}/{num_seats}-{num_ranks}-{in_place}-{r}" for r in range(num_ranks)}
+        self.in_place = in_place
         self.routing = make_routing(num_ranks, num_seats)
         self.stream = torch.cuda.Stream()
         self.rank, self.step = rank, 0
@@ -118,6 +119,9 @@ class Side:
     def capture(self, batch: Batch) -> None:
         """Graph of 16 layers. Nothing runs."""
         self.batch = batch
+        if self.in_place:  # as an engine does, whose norm writes there
+            rows = self.dispatcher.token_buffer(*batch.x.shape, DTYPE)
+            self.batch = batch._replace(x=rows.copy_(batch.x))
         with torch.cuda.stream(self.stream):
             self.step += 1
             self.dispatcher.begin_step(self.routing, 1, self.step)
@@ -240,6 +244,18 @@ def next_result(results: Any, ranks: list[Any]) -> Any:
 
 
 @contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """For processes that are started within."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
 def multi_process_service(folder: str) -> Iterator[bool]:
     """Run NVIDIA's multi-process service for the processes started within. Yields False where there is none."""
     daemon = shutil.which("nvidia-cuda-mps-control", path=os.environ.get("PATH", "") + ":/usr/local/nvidia/bin:/usr/bin")
@@ -247,16 +263,11 @@ def multi_process_service(folder: str) -> Iterator[bool]:
         yield False
         return
     place = tempfile.mkdtemp(prefix="mps", dir=folder)
-    pipes = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
-    before = dict(os.environ)
-    os.environ.update(pipes)
-    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # queues are counted over all its clients
-    try:
-        yield subprocess.run([daemon, "-d"], check=False, timeout=30, capture_output=True).returncode == 0
-    finally:
-        subprocess.run([daemon], input="quit\n", text=True, check=False, timeout=60, capture_output=True)
-        os.environ.clear()
-        os.environ.update(before)
+    with environment(CUDA_MPS_PIPE_DIRECTORY=place, CUDA_MPS_LOG_DIRECTORY=place):
+        try:
+            yield subprocess.run([daemon, "-d"], check=False, timeout=30, capture_output=True).returncode == 0
+        finally:
+            subprocess.run([daemon], input="quit\n", text=True, check=False, timeout=60, capture_output=True)
 
 
 # ---- ranks as streams of one process
@@ -273,6 +284,7 @@ def run_streams(folder: str, repeats: int) -> dict[tuple[str, int], float]:
     worlds = {
         "plain": [Side(r, RANKS, RANKS, folder) for r in range(RANKS)],
         "masked": [Side(r, RANKS, RANKS + 1, folder) for r in range(RANKS)],
+        "rows copied from elsewhere": [Side(r, RANKS, RANKS, folder, in_place=False) for r in range(RANKS)],
         "one rank alone": [Side(0, 1, 1, folder)],
         "one rank alone, split": [Side(0, 1, 2, folder, split=True)],
     }
@@ -375,7 +387,8 @@ def run_with_service(num_ranks: int, folder: str, repeats: int) -> dict[tuple[st
 
 def run_in_one_process(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int], float]:
     assert num_ranks == RANKS
-    return in_own_process(run_streams, folder, repeats)
+    with environment(CUDA_DEVICE_MAX_CONNECTIONS="32"):  # streams that wait for each other must not share a queue
+        return in_own_process(run_streams, folder, repeats)
 
 
 def run_sliced(num_ranks: int, folder: str, repeats: int) -> dict[tuple[str, int], float]:
@@ -429,7 +442,7 @@ def print_report(report: dict[str, Any]) -> None:
                 f"{masked:>10.1f} {masked - us:>+11.2f}"
             )
         for (name, tokens), us in row["us"].items():
-            if name.startswith("one rank"):
+            if name not in ("plain", "masked"):
                 print(f"{name}, {tokens} tokens: {us:.1f} us")
     for tokens, us in report["torch_us"].items():
         print(f"torch gather and weighted sum, the tokens of {RANKS} ranks in one process, {tokens} tokens per rank: {us:.1f} us")

@@ -18,7 +18,7 @@ from elastic_ep.core.topology import Topology
 from elastic_ep.models.attention import Attention
 from elastic_ep.models.engine import ElasticEngine
 from elastic_ep.models.experts import StepVoid
-from elastic_ep.models.gpu.arithmetic import use_device_kernels
+from elastic_ep.models.gpu.arithmetic import DeviceNorm, use_device_kernels
 from elastic_ep.models.gpu.experts import DeviceExperts, DeviceStep, check_right
 from elastic_ep.models.gpu.graphs import SIZES, Marks, StepGraphs, graph_size
 from elastic_ep.models.gpu.kv import DeviceKV, StepTables
@@ -98,6 +98,9 @@ class DeviceEngine(ElasticEngine):
         return kv  # type: ignore[no-any-return]
 
     def _layer_experts(self, layer: int, module: torch.nn.Module) -> Any:
+        norm: Any = self._model.model.layers[self.spec.moe_layers[layer]].post_attention_layernorm
+        if isinstance(norm, DeviceNorm):
+            norm.place = self._token_rows
         plain_silu = module.is_concatenated and isinstance(getattr(module, "act_fn", None), SiLUActivation)
         gate: Any = None if plain_silu else module._apply_gate
         return DeviceExperts(layer, self.rank, self._device_slots, self._matrices, gate)
@@ -185,6 +188,15 @@ class DeviceEngine(ElasticEngine):
         if not len(marks.is_real):
             return self._device_serve_only()
         return self._device_forward(tables, marks.sampled)
+
+    def _token_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Where the rows that an MoE layer dispatches belong: in the memory that peers read, if the backend has such; saves their copy."""
+        experts: Any = self._layers[0]
+        enqueue: CudaDispatcher | None = experts.state.enqueue
+        num_tokens = x.numel() // x.shape[-1]
+        if enqueue is None or num_tokens > enqueue.capacity.max_tokens:
+            return torch.empty_like(x)
+        return enqueue.token_buffer(num_tokens, x.shape[-1], x.dtype).view_as(x)
 
     def _set_state(self, state: DeviceStep) -> None:
         for layer in self._layers:

@@ -14,6 +14,7 @@ IPC_HANDLE_BYTES = 64
 PUBLISH, WAIT, MOVE = 1, 2, 4
 
 _POINTERS = (
+    "region",
     "base",
     "active",
     "cut",

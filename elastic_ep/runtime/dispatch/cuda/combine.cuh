@@ -52,7 +52,7 @@ template <class Vec, bool bf16> __device__ void sum_pairs(const Args &a) {
     typedef Lanes<Vec, bf16> L;
     const int lane = threadIdx.x % 32, vecs = (int)(a.row_bytes / (long long)sizeof(Vec)), per_token = (vecs + 31) / 32;
     const long long units = (long long)a.tokens * per_token, warps = (long long)gridDim.x * WARPS;
-    const uint2 *pairs = (const uint2 *)(a.base[a.me] + a.pairs_at);
+    const uint2 *pairs = (const uint2 *)(a.region + a.pairs_at);
     // lane k looks up pair k of the warp's token
     const Vec *row = nullptr;
     float weight = 0;
@@ -92,13 +92,13 @@ template <class Vec, bool bf16> __device__ void sum_pairs(const Args &a) {
     }
 }
 
-template <class Vec, bool bf16> __global__ void __launch_bounds__(THREADS, 3) combine_kernel(const Args a) {
-    if (*(volatile unsigned *)a.voided) return;
+template <class Vec, bool bf16> __global__ void __launch_bounds__(THREADS, 4) combine_kernel(const Args a) {
     const u64 stamp = stamp_of(a);
+    if (*(volatile unsigned *)a.voided) return;
     if (a.parts & PUBLISH && blockIdx.x == 0 && threadIdx.x == 0) {
         // the experts wrote y in earlier kernels of this stream
         __threadfence_system();
-        store_release((u64 *)(a.base[a.me] + COMBINE_FLAG), stamp);
+        store_release((u64 *)(a.region + COMBINE_FLAG), stamp);
     }
     if (a.parts & WAIT && !wait_for_all(a, COMBINE_FLAG, stamp)) return;
     if (a.parts & MOVE) sum_pairs<Vec, bf16>(a);

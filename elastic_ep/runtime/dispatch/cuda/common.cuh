@@ -26,12 +26,13 @@
 
 typedef unsigned long long u64;
 
-enum { THREADS = 256, WARPS = THREADS / 32, ROWS_IN_FLIGHT = 4, TERMS_IN_FLIGHT = 8, NOWHERE = 0xffff };
+enum { THREADS = 256, WARPS = THREADS / 32, ROWS_IN_FLIGHT = 4, TERMS_IN_FLIGHT = 4, NOWHERE = 0xffff };
 enum { DISPATCH_FLAG = 0, COMBINE_FLAG = 128, HEADER = 256 };
 enum Parts { PUBLISH = 1, WAIT = 2, MOVE = 4 };
 enum Failure { NONE = 0, DEADLINE = 1, CLOSED = 2, PROTOCOL = 3, QUIET = 4 };
 
 struct Args {
+    char *region;             // this rank's
     char *const *base;        // [ranks] regions as mapped here
     const int *active;        // [ranks] 1 = alive
     const int *cut;           // pinned [ranks]: the host says that this peer is gone
@@ -72,6 +73,7 @@ __device__ __forceinline__ u64 now_ns() {
     return t;
 }
 __device__ __forceinline__ u64 stamp_of(const Args &a) { return ((a.clock[0] << 44) | (a.clock[1] << 12) | (u64)a.layer) + 1; }
+__device__ __forceinline__ u64 step_of(u64 stamp) { return (stamp - 1) >> 12 & 0xffffffff; }
 
 // ---- waiting
 
@@ -106,10 +108,11 @@ __device__ int wait_for(const Args &a, const u64 *flag, u64 stamp, const int *cu
 __device__ bool wait_for_all(const Args &a, int flag_at, u64 stamp) {
     int how = NONE;
     for (int r = threadIdx.x; r < a.ranks; r += THREADS) {
+        const char *region = a.base[r];
         if (!a.active[r]) continue;
-        how = wait_for(a, (const u64 *)(a.base[r] + flag_at), stamp, a.cut + r);
+        how = wait_for(a, (const u64 *)(region + flag_at), stamp, a.cut + r);
         if (how == NONE && flag_at == DISPATCH_FLAG) {
-            const int *header = (const int *)(a.base[r] + HEADER);
+            const int *header = (const int *)(region + HEADER);
             int tokens = __ldcg(header);
             bool fits = tokens >= 0 && tokens <= a.max_tokens && __ldcg(header + 1) == a.top_k && __ldcg(header + 2) == (int)a.row_bytes;
             if (!fits) how = PROTOCOL;

@@ -4,18 +4,20 @@
 
 #include "common.cuh"
 
-// What one block needs to number pairs, in shared memory: the ids of all pairs, and for each warp its expert's replicas and counters.
+// What one block needs to number pairs, in shared memory: the ids of all pairs, and for each warp its expert's replicas, counters and
+// pairs found but not numbered yet.
 struct Numbering {
     double *quota;        // [warps, replicas]
     int *rank_of;         // [warps, replicas]
     int *count;           // [warps, ranks]
-    unsigned short *ids;  // [tokens * top_k], NOWHERE for an id that does not exist
+    int *found;           // [warps, 64]
+    unsigned short *ids;  // [tokens * top_k, to a multiple of 8], NOWHERE for an id that does not exist and at the end
     static __host__ __device__ size_t bytes(const Args &a) {
-        return WARPS * ((size_t)a.replicas * 12 + (size_t)a.ranks * 4) + (size_t)a.tokens * a.top_k * 2;
+        return WARPS * ((size_t)a.replicas * 12 + (size_t)a.ranks * 4 + 64 * 4) + ((size_t)a.tokens * a.top_k + 7) / 8 * 16;
     }
     __device__ Numbering(const Args &a, void *shared)
         : quota((double *)shared), rank_of((int *)(quota + WARPS * a.replicas)), count(rank_of + WARPS * a.replicas),
-          ids((unsigned short *)(count + WARPS * a.ranks)) {}
+          found(count + WARPS * a.ranks), ids((unsigned short *)(found + WARPS * 64)) {}
 };
 
 // The rule of core/routing.py, to the bit. `quota`, `rank_of` [replicas] are the expert's.
@@ -30,57 +32,88 @@ __device__ __forceinline__ int destination_of(const Args &a, const double *quota
     return rank >= 0 && rank < a.ranks && a.active[rank] ? rank : -1;
 }
 
-// A warp numbers the pairs of one expert in the order of the batch, for each destination from 0, and counts them.
+// A warp numbers up to 32 pairs of one expert, in their order, for each destination from what was counted before.
+__device__ void number_found(
+    const Args &a, int expert, const double *quota, const int *rank_of, const int *found, int many, int *count, uint2 *pairs, double step_phase
+) {
+    const int lane = threadIdx.x % 32;
+    const unsigned all = __ballot_sync(~0u, lane < many);
+    if (lane < many) {
+        int i = found[lane], to = destination_of(a, quota, rank_of, i, step_phase);
+        unsigned same = __match_any_sync(all, to);
+        int index = to < 0 ? 0 : count[to] + __popc(same & ((1u << lane) - 1));
+        __syncwarp(all);
+        if (to >= 0 && lane == __ffs(same) - 1) count[to] += __popc(same);
+        if (to < 0) fail(a, a.ranks, 1);
+        pairs[i] = make_uint2((unsigned)expert | (unsigned)(to < 0 ? NOWHERE : to) << 16, (unsigned)index);
+    }
+    __syncwarp();
+}
+
+// A warp numbers the pairs of one expert in the order of the batch, for each destination from 0, and counts them. What is looked up for
+// a pair takes longer than finding it, so pairs are gathered first and looked up 32 at a time.
 __device__ void number_expert(const Args &a, int expert, const Numbering &all, uint2 *pairs, int *counts, double step_phase) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = a.tokens * a.top_k, AHEAD = 8;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = a.tokens * a.top_k;
     double *quota = all.quota + warp * a.replicas;
-    int *rank_of = all.rank_of + warp * a.replicas, *count = all.count + warp * a.ranks;
+    int *rank_of = all.rank_of + warp * a.replicas, *count = all.count + warp * a.ranks, *found = all.found + warp * 64, many = 0;
     for (int r = lane; r < a.ranks; r += 32) count[r] = 0;
     for (int k = lane; k < a.replicas; k += 32) {
         quota[k] = a.quota[(long long)expert * a.replicas + k];
         rank_of[k] = a.replica_rank[(long long)expert * a.replicas + k];
     }
     __syncwarp();
-    for (int base = 0; base < n; base += 32 * AHEAD) {
-        int id[AHEAD];
+    for (int base = 0; base < n; base += 32 * 8) {
+        unsigned matches = 0;  // of the eight pairs that this lane looks at
+        if (base + lane * 8 < n) {
+            const uint4 eight = *(const uint4 *)(all.ids + base + lane * 8);
+            const unsigned two[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) id[j] = base + 32 * j + lane < n ? all.ids[base + 32 * j + lane] : (int)NOWHERE;
-#pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            bool match = id[j] == expert;
-            unsigned matching = __ballot_sync(~0u, match);
-            if (!matching) continue;
-            if (match) {
-                int i = base + 32 * j + lane, to = destination_of(a, quota, rank_of, i, step_phase);
-                unsigned same = __match_any_sync(matching, to);
-                int index = to < 0 ? 0 : count[to] + __popc(same & ((1u << lane) - 1));
-                __syncwarp(matching);
-                if (to >= 0 && lane == __ffs(same) - 1) count[to] += __popc(same);
-                if (to < 0) fail(a, a.ranks, 1);
-                pairs[i] = make_uint2((unsigned)expert | (unsigned)(to < 0 ? NOWHERE : to) << 16, (unsigned)index);
-            }
+            for (int j = 0; j < 4; j++)
+                matches |= ((two[j] & 0xffff) == (unsigned)expert) << (2 * j) | (two[j] >> 16 == (unsigned)expert) << (2 * j + 1);
+        }
+        for (unsigned lanes = __ballot_sync(~0u, matches != 0); lanes; lanes &= lanes - 1) {
+            const int from = __ffs(lanes) - 1;
+            const unsigned theirs = __shfl_sync(~0u, matches, from);
+            if (theirs >> lane & 1) found[many + __popc(theirs & ((1u << lane) - 1))] = base + from * 8 + lane;
+            many += __popc(theirs);
+            __syncwarp();
+            if (many < 32) continue;
+            number_found(a, expert, quota, rank_of, found, 32, count, pairs, step_phase);
+            many -= 32;
+            int later = found[32 + lane];
+            __syncwarp();
+            found[lane] = later;
             __syncwarp();
         }
     }
+    number_found(a, expert, quota, rank_of, found, many, count, pairs, step_phase);
     for (int r = lane; r < a.ranks; r += 32) counts[(long long)r * a.experts + expert] = count[r];
     __syncwarp();
 }
 
 // All pairs of this rank, by the first blocks, one expert per warp.
-__device__ void number_pairs(const Args &a, void *shared, int blocks, uint2 *pairs, int *counts) {
+__device__ void number_pairs(const Args &a, void *shared, int blocks, uint2 *pairs, int *counts, u64 stamp) {
     const Numbering all(a, shared);
-    const int n = a.tokens * a.top_k;
-    for (int i = threadIdx.x; i < n; i += THREADS) {
-        long long id = a.ids[i];
-        bool exists = id >= 0 && id < a.experts;
-        all.ids[i] = (unsigned short)(exists ? id : NOWHERE);
-        if (!exists && blockIdx.x == 0) {
-            pairs[i] = make_uint2((unsigned)NOWHERE << 16, 0);
-            fail(a, a.ranks, 1);
+    const int n = a.tokens * a.top_k, AHEAD = 8;
+    for (int i = n + threadIdx.x; i < (n + 7) / 8 * 8; i += THREADS) all.ids[i] = NOWHERE;
+    for (int base = threadIdx.x; base < n; base += THREADS * AHEAD) {
+        long long id[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) id[j] = base + j * THREADS < n ? a.ids[base + j * THREADS] : 0;
+#pragma unroll
+        for (int j = 0; j < AHEAD; j++) {
+            const int i = base + j * THREADS;
+            if (i >= n) break;
+            bool exists = id[j] >= 0 && id[j] < a.experts;
+            all.ids[i] = (unsigned short)(exists ? id[j] : NOWHERE);
+            if (!exists && blockIdx.x == 0) {
+                pairs[i] = make_uint2((unsigned)NOWHERE << 16, 0);
+                fail(a, a.ranks, 1);
+            }
         }
     }
     __syncthreads();
-    double step_phase = __dmul_rn((double)a.clock[1], a.step_phase);
+    double step_phase = __dmul_rn((double)step_of(stamp), a.step_phase);
     for (int e = blockIdx.x * WARPS + threadIdx.x / 32; e < a.experts; e += blocks * WARPS)
         number_expert(a, e, all, pairs, counts, step_phase);
 }
@@ -101,17 +134,19 @@ template <class Vec> __device__ void copy_rows(const Args &a, Vec *to, int first
     }
 }
 
-// Everything that peers read of this rank, then the flag, raised by the block that finishes last.
-template <class Vec> __device__ void publish(const Args &a, void *shared, u64 stamp) {
-    char *region = a.base[a.me];
+// Everything that peers read of this rank, then the flag, raised by the block that finishes last. True in that block.
+template <class Vec> __device__ bool publish(const Args &a, void *shared, u64 stamp) {
+    __shared__ bool last;
+    char *region = a.region;
     const int wanted = (a.experts + WARPS - 1) / WARPS, numbering = min((int)gridDim.x, wanted);
     const int first_copying = (int)gridDim.x >= 2 * numbering ? numbering : 0;
-    if ((int)blockIdx.x < numbering) number_pairs(a, shared, numbering, (uint2 *)(region + a.pairs_at), (int *)(region + a.counts_at));
+    if ((int)blockIdx.x < numbering) number_pairs(a, shared, numbering, (uint2 *)(region + a.pairs_at), (int *)(region + a.counts_at), stamp);
     if (a.copy_x && (int)blockIdx.x >= first_copying) copy_rows<Vec>(a, (Vec *)(region + a.x_at), first_copying);
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence_system();
-        if (atomicAdd(a.ticket, 1u) == gridDim.x - 1) {
+        last = atomicAdd(a.ticket, 1u) == gridDim.x - 1;
+        if (last) {
             *a.ticket = 0;
             int *header = (int *)(region + HEADER);
             header[0] = a.tokens;
@@ -122,15 +157,25 @@ template <class Vec> __device__ void publish(const Args &a, void *shared, u64 st
         }
     }
     __syncthreads();
+    return last;
 }
 
 // start[s, e]: where the pairs of source s for expert e begin among the grouped rows of rank `to`. Writes `offsets` if given.
 __device__ void plan(const Args &a, int to, int *start, int *offsets) {
     __shared__ int warp_sum[WARPS];
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    for (int j = tid; j < a.ranks * a.experts; j += THREADS) {
-        int source = j / a.experts, expert = j - source * a.experts;
-        start[j] = a.active[source] ? __ldcg((const int *)(a.base[source] + a.counts_at) + (long long)to * a.experts + expert) : 0;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, AHEAD = 8;
+    for (int from = tid; from < a.ranks * a.experts; from += THREADS * AHEAD) {
+        int count[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int j = from + i * THREADS, source = j / a.experts, expert = j - source * a.experts;
+            count[i] = 0;
+            if (source < a.ranks && a.active[source])
+                count[i] = __ldcg((const int *)(a.base[source] + a.counts_at) + (long long)to * a.experts + expert);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (from + i * THREADS < a.ranks * a.experts) start[from + i * THREADS] = count[i];
     }
     __syncthreads();
     const int each = (a.experts + THREADS - 1) / THREADS, begin = min(a.experts, tid * each), end = min(a.experts, begin + each);
@@ -203,9 +248,9 @@ template <class Vec> __device__ void gather(const Args &a, const int *start, con
 // Shared memory: a Numbering, then int start[ranks * experts], first[ranks + 1] in its place.
 template <class Vec> __global__ void __launch_bounds__(THREADS, 4) dispatch_kernel(const Args a) {
     extern __shared__ __align__(16) int shared[];
-    if (*(volatile unsigned *)a.voided) return;
     const u64 stamp = stamp_of(a);
-    if (a.parts & PUBLISH) publish<Vec>(a, shared, stamp);
+    if (*(volatile unsigned *)a.voided) return;
+    if (a.parts & PUBLISH && !publish<Vec>(a, shared, stamp) && !(a.parts & MOVE)) return;
     if (a.parts & WAIT && !wait_for_all(a, DISPATCH_FLAG, stamp)) return;
     if (!(a.parts & MOVE)) return;
     for (int to = blockIdx.x; to < a.ranks; to += gridDim.x) {
@@ -214,11 +259,12 @@ template <class Vec> __global__ void __launch_bounds__(THREADS, 4) dispatch_kern
         for (int e = threadIdx.x; e < a.experts; e += THREADS) a.origin[(long long)to * a.experts + e] = shared[a.me * a.experts + e];
         __syncthreads();
     }
-    plan(a, a.me, shared, blockIdx.x == 0 ? a.offsets : nullptr);
     int *first = shared + a.ranks * a.experts;
+    for (int s = threadIdx.x; s < a.ranks; s += THREADS) first[s + 1] = a.active[s] ? __ldcg((const int *)(a.base[s] + HEADER)) : 0;
+    plan(a, a.me, shared, blockIdx.x == 0 ? a.offsets : nullptr);
     if (threadIdx.x == 0) {
         first[0] = 0;
-        for (int s = 0; s < a.ranks; s++) first[s + 1] = first[s] + (a.active[s] ? __ldcg((const int *)(a.base[s] + HEADER)) : 0);
+        for (int s = 0; s < a.ranks; s++) first[s + 1] += first[s];
         if (blockIdx.x == 0 && a.offsets[a.experts] > a.capacity) fail(a, a.ranks, 2);
     }
     __syncthreads();

@@ -41,6 +41,7 @@ class _Memory(NamedTuple):
     """What the kernels of one rank use on its device."""
 
     region: int
+    x: torch.Tensor
     rows: torch.Tensor
     outputs: torch.Tensor
     words: torch.Tensor
@@ -60,6 +61,7 @@ def _allocate(library: Library, capacity: Capacity, layout: Layout, device: torc
 
     return _Memory(
         region=region,
+        x=as_tensor(region + layout.x_at, capacity.max_tokens * capacity.row_bytes, device),
         rows=torch.empty(size, dtype=torch.uint8, device=device),
         outputs=as_tensor(region + layout.y_at, size, device),
         words=ints(4, torch.int64),
@@ -153,6 +155,7 @@ class CudaDispatcher:
         memory, words, layout = self._memory, self._memory.words.data_ptr(), self._layout
         stride, _, source_phase = sequence_phases(self.rank, 0)
         return Args(
+            region=memory.region,
             base=memory.base.data_ptr(),
             active=memory.active.data_ptr(),
             cut=self._words.cut_at,
@@ -234,8 +237,7 @@ class CudaDispatcher:
 
     def token_buffer(self, num_tokens: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
         """[num_tokens, hidden] in this rank's region: an x that lies here is not copied. Free to write once a combine is enqueued."""
-        num_bytes = num_tokens * hidden * dtype.itemsize
-        return as_tensor(self._memory.region + self._layout.x_at, num_bytes, self.device).view(dtype).view(num_tokens, hidden)
+        return self._memory.x[: num_tokens * hidden * dtype.itemsize].view(dtype).view(num_tokens, hidden)
 
     def begin_step(self, routing: RoutingTable, epoch: int, step: int) -> None:
         """Set the point that kernels stamp their flags with; copy the epoch's table to the device if it is a new one.
@@ -270,14 +272,13 @@ class CudaDispatcher:
         args.row_bytes = hidden * x.element_size()
         args.capacity = self.capacity.rows
         args.x, args.ids = x.data_ptr(), ids.data_ptr()
-        args.copy_x = int(x.data_ptr() != self._memory.region + self._layout.x_at)
+        args.copy_x = int(x.data_ptr() != self._memory.x.data_ptr())
         per_sm = _SHARED_BLOCKS_PER_SM if self._split else _BLOCKS_PER_SM
         moving = max(1, min(per_sm * self._num_sms, self._num_active * max(tokens, 32)))
-        publishing = max(1, min(self._num_sms, max(-(-args.experts // _WARPS), tokens)))
+        publishing = max(1, min(self._num_sms, max(-(-args.experts // _WARPS), tokens * args.copy_x)))
         stream = self._stream()
         if self._waits_apart(tokens):
-            self._library.dispatch(args, PUBLISH, publishing, stream)
-            self._library.dispatch(args, WAIT, 1, stream)
+            self._library.dispatch(args, PUBLISH | WAIT, publishing, stream)
             self._library.dispatch(args, MOVE, moving, stream)
         else:
             self._library.dispatch(args, PUBLISH | WAIT | MOVE, moving, stream)
