@@ -160,6 +160,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def in_turns(parts: dict[str, Any], repeat: int) -> list[tuple[str, Any]]:
+    """Every other time in the opposite order, so that none always comes first."""
+    return list(parts.items())[:: -1 if repeat % 2 else 1]
+
+
 def layer_us(events: tuple[Any, Any]) -> float:
     return events[0].elapsed_time(events[1]) * 1e3 / LAYERS
 
@@ -194,7 +199,7 @@ def rank_main(
         torch.cuda.synchronize()
         level.wait(WAIT_S)
         for repeat in range(repeats + 2):
-            for name, side in sides.items():
+            for name, side in in_turns(sides, repeat):
                 with no_waiting():
                     events = side.enqueue()
                 side.wait()
@@ -303,7 +308,7 @@ def run_streams(folder: str, repeats: int) -> dict[tuple[str, int], float]:
         times: dict[str, list[float]] = {name: [] for name in worlds}
         torch.cuda.synchronize()
         for repeat in range(repeats + 2):
-            for name, sides in worlds.items():
+            for name, sides in in_turns(worlds, repeat):
                 events = [side.enqueue() for side in sides]
                 for side in sides:
                     side.wait()

@@ -65,7 +65,7 @@ def make_world(folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
             remote = {r: RemoteDispatcher(one.pipe, r, options) for r, one in enumerate(job.living()[:num_ranks])}
             world = World(dict(remote), {r: d.address for r, d in remote.items()})
         elif backend == "cuda":
-            capacity = Capacity(num_ranks, 24, 2, max_tokens=1024, top_k=8, hidden=1024, itemsize=4, max_replicas=32)
+            capacity = Capacity(num_ranks, 600, 2, max_tokens=1024, top_k=8, hidden=1024, itemsize=4, max_replicas=32)
             fronts = {r: CpuFront(r, address(backend, r), capacity, token=TOKEN, **options) for r in range(num_ranks)}
             world = World(dict(fronts), {r: d.listen() for r, d in fronts.items()})
         else:

@@ -160,6 +160,23 @@ def test_frames_larger_than_any_socket_buffer(make_world: Any, backend: str, dty
             assert same_bits(outs[rank], oracle(batch, 16))
 
 
+@pytest.mark.parametrize("backend", ["unix", CUDA])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_experts"),
+    [pytest.param((700, 1), 3, 4, id="most tokens choose the same few"), pytest.param((5, 20), 8, 600, id="most experts get nothing")],
+)
+def test_pairs_are_spread_unevenly(
+    make_world: Any, backend: str, num_ranks: int, tokens: tuple[int, int], top_k: int, num_experts: int
+) -> None:
+    world = make_world(backend, num_ranks)
+    rng = np.random.default_rng(3)
+    routing = make_routing(rng, world.ranks, num_experts)
+    batches = {r: make_batch(rng, tokens[r], top_k, num_experts, HIDDEN, torch.bfloat16) for r in world.ranks}
+    outs = run_layers(world, batches, routing, StepPoint(1, 0, 0))
+    assert all(same_bits(outs[rank], expected(batch)) for rank, batch in batches.items())
+
+
 @pytest.mark.parametrize("backend", ["unix", "mpi", CUDA])
 def test_a_routing_table_that_names_a_rank_outside_the_mesh_is_refused(make_world: Any, backend: str) -> None:
     dispatcher = make_world(backend, 1).dispatchers[0]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,38 @@ def test_bfloat16_is_as_near_to_the_truth_as_on_the_processor(family: str, check
     truth = logits_of(World(folder, dtype="float32"))
     ours, theirs = (float((logits_of(kind(folder)) - truth).abs().mean()) for kind in (GpuWorld, World))
     assert ours < 1.7 * theirs + 0.02
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_written_where_peers_read_them(family: str, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    from elastic_ep.runtime.dispatch.cuda.dispatcher import CudaDispatcher
+    from elastic_ep.runtime.dispatch.cuda.region import Capacity
+
+    in_place: list[bool] = []
+
+    class Watched(CudaDispatcher):
+        def enqueue_dispatch(self, x: torch.Tensor, *rest: Any) -> Any:
+            in_place.append(not len(x) or x.data_ptr() == self.token_buffer(*x.shape, x.dtype).data_ptr())
+            return super().enqueue_dispatch(x, *rest)
+
+    class CudaWorld(GpuWorld):
+        def make_dispatcher(self) -> Any:
+            spec = self.engine.spec
+            shape = {"max_tokens": 64, "top_k": spec.num_experts_per_tok, "hidden": spec.hidden_size}
+            capacity = Capacity(1, spec.num_experts, spec.num_layers, **shape, itemsize=self.engine.dtype.itemsize)
+            dispatcher = Watched(0, "tcp:127.0.0.1:0", capacity, token="t", cache=tmp_path)
+            assert dispatcher.connect({0: dispatcher.listen()}, 20.0) is None
+            return dispatcher
+
+    folder = checkpoint(family, "bfloat16")
+    world = CudaWorld(folder)
+    try:
+        logits = logits_of(world)
+    finally:
+        world.dispatcher.close()
+    assert len(in_place) >= world.engine.spec.num_layers
+    assert all(in_place)
+    assert torch.equal(logits, logits_of(GpuWorld(folder)))
 
 
 def test_sampling_and_logprobs_are_computed_as_on_the_processor(checkpoint: Callable[..., Path]) -> None:

@@ -97,8 +97,8 @@ template <class Vec, bool bf16> __global__ void __launch_bounds__(THREADS, 4) co
     if (*(volatile unsigned *)a.voided) return;
     if (a.parts & PUBLISH && blockIdx.x == 0 && threadIdx.x == 0) {
         // the experts wrote y in earlier kernels of this stream
-        __threadfence_system();
-        store_release((u64 *)(a.region + COMBINE_FLAG), stamp);
+        fence();
+        store_relaxed((u64 *)(a.region + COMBINE_FLAG), stamp);
     }
     if (a.parts & WAIT && !wait_for_all(a, COMBINE_FLAG, stamp)) return;
     if (a.parts & MOVE) sum_pairs<Vec, bf16>(a);

@@ -4,20 +4,22 @@
 
 #include "common.cuh"
 
-// What one block needs to number pairs, in shared memory: the ids of all pairs, and for each warp its expert's replicas, counters and
-// pairs found but not numbered yet.
+// What one block needs to number pairs, in shared memory. Each of its warps has one expert.
 struct Numbering {
-    double *quota;        // [warps, replicas]
-    int *rank_of;         // [warps, replicas]
-    int *count;           // [warps, ranks]
-    int *found;           // [warps, 64]
-    unsigned short *ids;  // [tokens * top_k, to a multiple of 8], NOWHERE for an id that does not exist and at the end
+    enum { FOUND = 128 };
+    double *quota;   // [warps, replicas]
+    int *rank_of;    // [warps, replicas]
+    int *count;      // [warps, ranks] pairs numbered so far
+    int *found;      // [warps, FOUND] pairs to number next, in their order
+    unsigned *chose; // [warps, words] a bit for each pair of the batch: it chose the warp's expert
+    int words;
+    static __host__ __device__ int words_of(const Args &a) { return (a.tokens * a.top_k + 31) / 32; }
     static __host__ __device__ size_t bytes(const Args &a) {
-        return WARPS * ((size_t)a.replicas * 12 + (size_t)a.ranks * 4 + 64 * 4) + ((size_t)a.tokens * a.top_k + 7) / 8 * 16;
+        return WARPS * ((size_t)a.replicas * 12 + (size_t)a.ranks * 4 + FOUND * 4 + (size_t)words_of(a) * 4);
     }
     __device__ Numbering(const Args &a, void *shared)
         : quota((double *)shared), rank_of((int *)(quota + WARPS * a.replicas)), count(rank_of + WARPS * a.replicas),
-          found(count + WARPS * a.ranks), ids((unsigned short *)(found + WARPS * 64)) {}
+          found(count + WARPS * a.ranks), chose((unsigned *)(found + WARPS * FOUND)), words(words_of(a)) {}
 };
 
 // The rule of core/routing.py, to the bit. `quota`, `rank_of` [replicas] are the expert's.
@@ -50,72 +52,71 @@ __device__ void number_found(
     __syncwarp();
 }
 
-// A warp numbers the pairs of one expert in the order of the batch, for each destination from 0, and counts them. What is looked up for
-// a pair takes longer than finding it, so pairs are gathered first and looked up 32 at a time.
+// A warp numbers the pairs of one expert in the order of the batch, for each destination from 0, and counts them.
 __device__ void number_expert(const Args &a, int expert, const Numbering &all, uint2 *pairs, int *counts, double step_phase) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = a.tokens * a.top_k;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (all.words + 31) / 32;
     double *quota = all.quota + warp * a.replicas;
-    int *rank_of = all.rank_of + warp * a.replicas, *count = all.count + warp * a.ranks, *found = all.found + warp * 64, many = 0;
+    int *rank_of = all.rank_of + warp * a.replicas, *count = all.count + warp * a.ranks, *found = all.found + warp * Numbering::FOUND;
     for (int r = lane; r < a.ranks; r += 32) count[r] = 0;
     for (int k = lane; k < a.replicas; k += 32) {
         quota[k] = a.quota[(long long)expert * a.replicas + k];
         rank_of[k] = a.replica_rank[(long long)expert * a.replicas + k];
     }
-    __syncwarp();
-    for (int base = 0; base < n; base += 32 * 8) {
-        unsigned matches = 0;  // of the eight pairs that this lane looks at
-        if (base + lane * 8 < n) {
-            const uint4 eight = *(const uint4 *)(all.ids + base + lane * 8);
-            const unsigned two[4] = {eight.x, eight.y, eight.z, eight.w};
+    // each lane has the pairs of `each` words, and knows how many come before
+    const unsigned *chose = all.chose + warp * all.words;
+    const int last = min(all.words, (lane + 1) * each);
+    int mine = 0;
+    for (int w = lane * each; w < last; w++) mine += __popc(chose[w]);
+    int upto = mine;
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                matches |= ((two[j] & 0xffff) == (unsigned)expert) << (2 * j) | (two[j] >> 16 == (unsigned)expert) << (2 * j + 1);
-        }
-        for (unsigned lanes = __ballot_sync(~0u, matches != 0); lanes; lanes &= lanes - 1) {
-            const int from = __ffs(lanes) - 1;
-            const unsigned theirs = __shfl_sync(~0u, matches, from);
-            if (theirs >> lane & 1) found[many + __popc(theirs & ((1u << lane) - 1))] = base + from * 8 + lane;
-            many += __popc(theirs);
-            __syncwarp();
-            if (many < 32) continue;
-            number_found(a, expert, quota, rank_of, found, 32, count, pairs, step_phase);
-            many -= 32;
-            int later = found[32 + lane];
-            __syncwarp();
-            found[lane] = later;
-            __syncwarp();
-        }
+    for (int d = 1; d < 32; d *= 2) {
+        int below = __shfl_up_sync(~0u, upto, d);
+        if (lane >= d) upto += below;
     }
-    number_found(a, expert, quota, rank_of, found, many, count, pairs, step_phase);
-    for (int r = lane; r < a.ranks; r += 32) counts[(long long)r * a.experts + expert] = count[r];
+    const int total = __shfl_sync(~0u, upto, 31);
+    int next = upto - mine, word = lane * each;
+    unsigned left = word < last ? chose[word] : 0;
+    for (int begin = 0; begin < total; begin += Numbering::FOUND) {
+        const int end = min(total, begin + (int)Numbering::FOUND);
+        while (next < end && word < last) {
+            for (; left && next < end; left &= left - 1) found[next++ - begin] = word * 32 + __ffs(left) - 1;
+            if (!left && ++word < last) left = chose[word];
+        }
+        __syncwarp();
+        for (int k = begin; k < end; k += 32)
+            number_found(a, expert, quota, rank_of, found + (k - begin), min(32, end - k), count, pairs, step_phase);
+    }
     __syncwarp();
+    for (int r = lane; r < a.ranks; r += 32) counts[(long long)r * a.experts + expert] = count[r];
 }
 
 // All pairs of this rank, by the first blocks, one expert per warp.
 __device__ void number_pairs(const Args &a, void *shared, int blocks, uint2 *pairs, int *counts, u64 stamp) {
     const Numbering all(a, shared);
     const int n = a.tokens * a.top_k, AHEAD = 8;
-    for (int i = n + threadIdx.x; i < (n + 7) / 8 * 8; i += THREADS) all.ids[i] = NOWHERE;
-    for (int base = threadIdx.x; base < n; base += THREADS * AHEAD) {
-        long long id[AHEAD];
+    const double step_phase = __dmul_rn((double)step_of(stamp), a.step_phase);
+    for (int first = blockIdx.x * WARPS; first < a.experts; first += blocks * WARPS) {
+        for (int w = threadIdx.x; w < WARPS * all.words; w += THREADS) all.chose[w] = 0;
+        __syncthreads();
+        for (int base = threadIdx.x; base < n; base += THREADS * AHEAD) {
+            long long id[AHEAD];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) id[j] = base + j * THREADS < n ? a.ids[base + j * THREADS] : 0;
+            for (int j = 0; j < AHEAD; j++) id[j] = base + j * THREADS < n ? a.ids[base + j * THREADS] : first - 1;
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            const int i = base + j * THREADS;
-            if (i >= n) break;
-            bool exists = id[j] >= 0 && id[j] < a.experts;
-            all.ids[i] = (unsigned short)(exists ? id[j] : NOWHERE);
-            if (!exists && blockIdx.x == 0) {
-                pairs[i] = make_uint2((unsigned)NOWHERE << 16, 0);
-                fail(a, a.ranks, 1);
+            for (int j = 0; j < AHEAD; j++) {
+                const int i = base + j * THREADS;
+                if (id[j] >= first && id[j] < first + WARPS) atomicOr(all.chose + (id[j] - first) * all.words + i / 32, 1u << i % 32);
+                if (first == 0 && i < n && (id[j] < 0 || id[j] >= a.experts)) {
+                    pairs[i] = make_uint2((unsigned)NOWHERE << 16, 0);
+                    fail(a, a.ranks, 1);
+                }
             }
         }
+        __syncthreads();
+        const int expert = first + threadIdx.x / 32;
+        if (expert < a.experts) number_expert(a, expert, all, pairs, counts, step_phase);
+        __syncthreads();
     }
-    __syncthreads();
-    double step_phase = __dmul_rn((double)step_of(stamp), a.step_phase);
-    for (int e = blockIdx.x * WARPS + threadIdx.x / 32; e < a.experts; e += blocks * WARPS)
-        number_expert(a, e, all, pairs, counts, step_phase);
 }
 
 // This rank's rows into its region, by blocks `first` and up.
@@ -142,18 +143,20 @@ template <class Vec> __device__ bool publish(const Args &a, void *shared, u64 st
     const int first_copying = (int)gridDim.x >= 2 * numbering ? numbering : 0;
     if ((int)blockIdx.x < numbering) number_pairs(a, shared, numbering, (uint2 *)(region + a.pairs_at), (int *)(region + a.counts_at), stamp);
     if (a.copy_x && (int)blockIdx.x >= first_copying) copy_rows<Vec>(a, (Vec *)(region + a.x_at), first_copying);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        int *header = (int *)(region + HEADER);
+        header[0] = a.tokens;
+        header[1] = a.top_k;
+        header[2] = (int)a.row_bytes;
+    }
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence_system();
+        fence();
         last = atomicAdd(a.ticket, 1u) == gridDim.x - 1;
         if (last) {
             *a.ticket = 0;
-            int *header = (int *)(region + HEADER);
-            header[0] = a.tokens;
-            header[1] = a.top_k;
-            header[2] = (int)a.row_bytes;
-            __threadfence_system();
-            store_release((u64 *)(region + DISPATCH_FLAG), stamp);
+            fence();
+            store_relaxed((u64 *)(region + DISPATCH_FLAG), stamp);
         }
     }
     __syncthreads();
