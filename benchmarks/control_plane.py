@@ -18,7 +18,6 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import uvloop
@@ -66,11 +65,10 @@ class StubController(Controller):
     """The controller, with stub ranks in place of processes it launched."""
 
     def _start_ranks(self) -> None:
-        self._launcher = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
         processes = min(4, self.config.ep_size)
         cuts = [self.config.ep_size * i // processes for i in range(processes + 1)]
         spawn = multiprocessing.get_context("spawn")
-        self.stubs = [spawn.Process(target=stubs, args=(self._control, self._token, range(a, b))) for a, b in pairwise(cuts)]
+        self.stubs = [spawn.Process(target=stubs, args=(self._local.control, self._token, range(a, b))) for a, b in pairwise(cuts)]
         for process in self.stubs:
             process.start()
 

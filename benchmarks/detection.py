@@ -29,7 +29,7 @@ from elastic_ep.serving.config import ServeConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the launcher's processes import the stubs, too
-from stub_ranks import StubProcessController, spec
+from stub_ranks import StubProcessController, StubRanks, spec
 
 RANKS = 41
 KV_TOKENS = 1 << 20
@@ -37,12 +37,16 @@ AIMS_MS = {"SIGKILL": 10.0, "SIGSTOP": 50.0, "heartbeat alone": 1000.0}
 BUSY_PER_CORE = 5
 
 
+class FarRanks(StubRanks):
+    def _on_event(self, event: ProcessEvent) -> None:
+        if event.kind == "spawned":
+            super()._on_event(event)
+
+
 class RemoteController(StubProcessController):
     """As if the ranks ran on another host: no process to look at, no news from a launcher."""
 
-    def _on_process_event(self, event: ProcessEvent) -> None:
-        if event.kind == "spawned":
-            super()._on_process_event(event)
+    ranks_class = FarRanks
 
     def _probe(self, rank: int, incarnation: int) -> None:
         self._fail(rank, incarnation, FailureCause.HEARTBEAT, "silent")

@@ -23,8 +23,8 @@ from elastic_ep.brain.messages import (
 )
 from elastic_ep.runtime.control.address import connect
 from elastic_ep.runtime.control.wire import encode, receive
-from elastic_ep.runtime.launch.launcher import Launcher
 from elastic_ep.serving.controller import Controller
+from elastic_ep.serving.local_ranks import LocalRanks
 
 
 def spec(num_experts: int, num_layers: int = 4) -> Any:
@@ -82,16 +82,17 @@ def stub_rank(config: dict[str, Any]) -> int:
     return 0
 
 
+class StubRanks(LocalRanks):
+    preload, target = "stub_ranks:preload", "stub_ranks:stub_rank"
+
+
 class StubProcessController(Controller):
     """The real controller and launcher over stub processes."""
 
+    ranks_class = StubRanks
     step_s = 0.002
     heartbeat_s = 0.1
 
-    def _start_ranks(self) -> None:
-        self._launcher = Launcher("stub_ranks:preload", "", self._on_process_event, self._on_launcher_lost)
-        self._launcher.start(self._loop)
-        for rank in range(self.config.ep_size):
-            config = {"rank": rank, "controller": self._control, "token": self._token}
-            config |= {"step_s": self.step_s, "heartbeat_s": self.heartbeat_s}
-            self._launcher.spawn(rank, 0, "stub_ranks:stub_rank", config)
+    def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
+        config = {"rank": rank, "controller": self._local.control, "token": self._token}
+        return config | {"step_s": self.step_s, "heartbeat_s": self.heartbeat_s}

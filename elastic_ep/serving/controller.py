@@ -6,10 +6,9 @@ import asyncio
 import logging
 import os
 import secrets
-import shutil
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_ep.brain import events as ev
-from elastic_ep.brain import planner
 from elastic_ep.brain.brain import Brain
 from elastic_ep.brain.events import FailureCause, GenerationRequest, TokenEvent
 from elastic_ep.brain.messages import Hello, RankMessage, StartOver
-from elastic_ep.core.errors import InsufficientSlotsError
 from elastic_ep.core.recovery import Phase
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.faults import FaultFile
-from elastic_ep.runtime.launch.launcher import Launcher, ProcessEvent
-from elastic_ep.runtime.launch.process import LocalProcess, ProcessState
+from elastic_ep.runtime.launch.process import ProcessState
 from elastic_ep.runtime.weights.fingerprint import fingerprint
 from elastic_ep.runtime.weights.host import HostBackup
 from elastic_ep.serving.agents import Agents, Hooks, no_point
@@ -35,38 +31,27 @@ from elastic_ep.serving.backend import QueueFull, Unavailable
 from elastic_ep.serving.config import INTEGRATED, ServeConfig
 from elastic_ep.serving.eventlog import EventLog
 from elastic_ep.serving.link import RankLink
+from elastic_ep.serving.local_ranks import LocalHooks, LocalRanks
 from elastic_ep.serving.metrics import Metrics
 from elastic_ep.serving.operation_desk import OperationDesk
+from elastic_ep.serving.planning import planning
 from elastic_ep.serving.rank_program import RankPlace, rank_program
-from elastic_ep.serving.run_dir import lock_run_dir, make_run_dir
 from elastic_ep.serving.shell_faults import ShellFaults, Victim
 from elastic_ep.serving.status import status_object
 from elastic_ep.serving.stream import RequestStream
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_TIMEOUT_S = 5.0
 EXIT_GRACE_S = 0.005
 """How long an exit waits for the launcher to say how it came about."""
 REMOTE_EXIT_GRACE_S = 0.02
 """How long a remote rank's closed channel waits for its agent to say why."""
 
 
-def _planned(command: ev.MakePlan, solve: Callable[[], tuple[ev.GroupPlan, ...]]) -> ev.Planned:
-    try:
-        first, *then = solve()
-        return ev.Planned(command.epoch, first, change=command.change, then=tuple(then))
-    except InsufficientSlotsError as error:
-        return ev.Planned(command.epoch, None, str(error), command.change)
-    except Exception as error:
-        if command.change is None:
-            raise
-        log.exception("a change could not be planned; it is put off")
-        return ev.Planned(command.epoch, None, f"{type(error).__name__}: {error}", command.change)
-
-
 class Controller:
     """Owns the rank processes of one server and drives its brain. Use as an async context manager; `wait_serving` then waits for ranks."""
+
+    ranks_class = LocalRanks
 
     def __init__(self, config: ServeConfig, spec: ModelSpec, metrics: Metrics | None = None) -> None:
         self.config = config
@@ -83,11 +68,8 @@ class Controller:
         self._token = secrets.token_hex(16)
         self._agents: Agents | None = None
         self._links: dict[tuple[int, int], RankLink] = {}
-        self._processes: dict[tuple[int, int], LocalProcess] = {}
-        self._unreported: set[tuple[int, int]] = set()
-        """processes asked for, of which the launcher has said nothing yet"""
-        self._server: asyncio.Server | None = None
-        self._listening: asyncio.Task[None] | None = None
+        hooks = LocalHooks(self._fail, self._ended, self._on_exit, self._reach_spawned)
+        self._local = self.ranks_class(str(config.checkpoint), self._make_link, hooks)
         self._backup_fd = -1
         self._store: tuple[Any, str] | None = None  # kept so that it goes on; where ranks find it
         self._backup: HostBackup | None = None
@@ -101,11 +83,11 @@ class Controller:
     # ---- life
 
     async def __aenter__(self) -> Controller:
-        self._run_dir, self._run_dir_lock = make_run_dir()
+        await self._local.open()
         try:
             await self.start()
         except BaseException:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            self._local.remove_folder()
             raise
         return self
 
@@ -119,9 +101,6 @@ class Controller:
         self._solver.submit(int).result()  # its thread is there from now on: a system at its limit of threads must not stop a recovery
         self.stopped = asyncio.Event()
         self.serving = asyncio.Event()
-        self._control_path = str(self._run_dir / "control.sock")
-        self._control = f"unix:{self._control_path}"
-        await self._listen()
         if self.config.host_backup == "experts":
             shape = (self.spec.num_layers, self.spec.num_experts, self.spec.slot_bytes(self.config.dtype))
             slots = self.config.host_slots(self.spec.num_experts) * self.spec.num_layers
@@ -138,24 +117,6 @@ class Controller:
         self._start_ranks()
         self._set_timer()
 
-    async def _listen(self) -> None:
-        """For the ranks of this host."""
-        self._server = await self._loop.create_unix_server(self._make_link, self._control_path, backlog=1024)
-
-    async def _listen_again(self) -> None:
-        """Somebody has emptied the folder for temporary files."""
-        log.error("%s was removed under the server; it is made anew: keep what cleans it away from elastic-ep-*", self._run_dir)
-        old_server, old_lock = self._server, self._run_dir_lock
-        try:
-            self._run_dir_lock = lock_run_dir(self._run_dir)
-            os.close(old_lock)
-            await self._listen()
-        except OSError as error:
-            log.error("cannot make %s anew: %s; no rank can start until it is there", self._run_dir, error)
-            return
-        if old_server is not None:
-            old_server.close()
-
     async def _let_agents_in(self) -> None:
         remote, checkpoint = self.config.remote, self.config.checkpoint
         if remote is None:
@@ -169,31 +130,20 @@ class Controller:
         await self._agents.listen(lambda: self._make_link(token=""))
 
     def _start_ranks(self) -> None:
-        self._start_launcher()
+        self._local.start_launcher(() if self._backup_fd < 0 else (self._backup_fd,))
         for rank in range(self.config.ep_size):
             self._start_rank(rank, 0)
 
-    def _start_launcher(self) -> None:
-        preload = "elastic_ep.models.worker:preload"
-        pass_fds = () if self._backup_fd < 0 else (self._backup_fd,)
-        self._launcher = Launcher(preload, str(self.config.checkpoint), self._on_process_event, self._on_launcher_lost, pass_fds)
-        self._launcher.start(self._loop)
-
     def _start_rank(self, rank: int, incarnation: int) -> None:
+        program = self._rank_program(rank, incarnation)
         if self._agents is not None and self._agents.is_remote(rank):
-            self._agents.start(rank, incarnation, self._rank_program(rank, incarnation))
-            return
-        if not self._launcher.is_running:
-            self._launcher.close()
-            self._start_launcher()
-        if not Path(self._control_path).exists() and (self._listening is None or self._listening.done()):
-            self._listening = self._loop.create_task(self._listen_again())
-        self._unreported.add((rank, incarnation))
-        self._launcher.spawn(rank, incarnation, "elastic_ep.models.worker:rank_main", self._rank_program(rank, incarnation))
+            self._agents.start(rank, incarnation, program)
+        else:
+            self._local.start(rank, incarnation, program)
 
     def _rank_program(self, rank: int, incarnation: int) -> dict[str, Any]:
         store = "" if self._store is None else self._store[1]
-        place = RankPlace(rank, incarnation, self._control, str(self._run_dir), self._token, self._backup_fd, store)
+        place = RankPlace(rank, incarnation, self._local.control, str(self._local.run_dir), self._token, self._backup_fd, store)
         return rank_program(place, self.config, self.brain.state.topology, self.settings.step_timeout_s)
 
     async def wait_serving(self) -> None:
@@ -213,27 +163,16 @@ class Controller:
         """Stop the ranks now and remove every trace. What still runs is lost to its clients."""
         if self._timer:
             self._timer.cancel()
-        if self._server is not None:
-            self._server.close()
+        self._local.stop_listening()
         if self._agents is not None:
             await self._agents.close(self.error or "the server stopped")
         for link in list(self._links.values()):
             link.close()
-        pending = [p for p in self._processes.values() if not p.has_exited]
-        deadline = self._loop.time() + SHUTDOWN_TIMEOUT_S
-        while any(not p.has_exited for p in pending) and self._loop.time() < deadline:
-            await asyncio.sleep(0.01)
-        for process in pending:
-            process.kill()
-        for process in self._processes.values():
-            process.close()
-        await self._loop.run_in_executor(self._solver, self._launcher.close)
+        await self._local.close(self._solver)
         if self._backup_fd >= 0:
             os.close(self._backup_fd)
         self.end_streams()
         self._write_load_trace()
-        shutil.rmtree(self._run_dir, ignore_errors=True)
-        os.close(self._run_dir_lock)
         self._solver.shutdown(wait=False, cancel_futures=True)
 
     def _write_load_trace(self) -> None:
@@ -320,21 +259,11 @@ class Controller:
 
     def _make_plan(self, command: ev.MakePlan) -> None:
         """A recovery is solved at once: nothing runs until it is. A change is solved beside the steps."""
-        state = self.brain.state
-        arguments = (
-            self.settings.plan,
-            state.topology,
-            command.active,
-            state.contents.experts.copy(),
-            state.load.recent(),
-            self._backups(),
-        )
+        solve = planning(command, self.settings.plan, self.brain.state, self._backups())
         if command.change is None:
-            self._queue.append(_planned(command, lambda: (planner.plan(*arguments),)))
+            self._queue.append(solve())
             return
-        solving = self._loop.run_in_executor(
-            self._solver, _planned, command, lambda: planner.plan_change(*arguments, leaving=command.leaving)
-        )
+        solving = self._loop.run_in_executor(self._solver, solve)
         solving.add_done_callback(lambda done: None if done.cancelled() or self.stopped.is_set() else self._feed(done.result()))
 
     def _backups(self) -> dict[str, NDArray[np.bool_]]:
@@ -344,7 +273,7 @@ class Controller:
         topology = self.brain.state.topology
         labels = topology.labels("node" if "node" in topology.domains else "rank")
         experts = self._backup.experts
-        return {labels[rank]: experts for rank, _ in self._processes}
+        return {labels[rank]: experts for rank, _ in self._local.pids()}
 
     # ---- ranks
 
@@ -374,8 +303,7 @@ class Controller:
             return
         key = (link.hello.rank, link.hello.incarnation)
         self._links.pop(key, None)
-        process = self._processes.get(key)
-        state = process.state() if process else None
+        state = self._local.state(*key)
         if state is not None and state.is_ending:
             self._ended(*key, state.exit)
         elif self._agents is not None and self._agents.is_remote(key[0]):
@@ -393,24 +321,9 @@ class Controller:
         if self.config.detect and not self.stopped.is_set():
             self._feed(ev.RankFailed(rank, incarnation, cause, detail))
 
-    def _on_process_event(self, event: ProcessEvent) -> None:
-        key = (event.rank, event.incarnation)
-        self._unreported.discard(key)
-        if event.kind == "spawned":
-            for old in [k for k, p in self._processes.items() if k[0] == event.rank and p.has_exited]:
-                self._processes.pop(old).close()
-            process = LocalProcess(event.pid, self._loop, lambda: self._on_exit(*key))
-            self._processes[key] = process
-            process.watch()
-            self._reach_spawned()
-        elif event.kind == "stopped":
-            self._fail(*key, FailureCause.STOPPED, event.status)
-        elif event.kind == "ending":
-            process_state = self._processes[key].state() if key in self._processes else None
-            if process_state is not None and process_state.is_ending:
-                self._ended(*key, process_state.exit)
-        elif event.kind == "exited":
-            self._fail(*key, FailureCause.EXITED, event.status)
+    def _pids(self) -> dict[tuple[int, int], int]:
+        """Of all processes that are known to exist, here and elsewhere."""
+        return self._local.pids() | (self._agents.pids() if self._agents is not None else {})
 
     def _reach_spawned(self) -> None:
         if self._faults is not None:
@@ -423,24 +336,16 @@ class Controller:
         if rank >= len(seats) or not seats[rank].is_alive:
             return None
         key = (rank, seats[rank].incarnation)
-        process, link = self._processes.get(key), self._links.get(key)
-        if process is not None:
-            return None if process.has_exited else Victim(key[1], process.pid, link.close if link else None)
-        pids = self._agents.pids() if self._agents is not None else {}
+        link, pids = self._links.get(key), self._pids()
+        if self._local.has_exited(*key):
+            return None
         return Victim(key[1], pids.get(key), link.close if link else None)
 
-    def _on_exit(self, rank: int, incarnation: int) -> None:
+    def _on_exit(self, rank: int, incarnation: int, how: str) -> None:
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
-        self._ended(rank, incarnation, self._processes[rank, incarnation].state().exit)
-
-    def _on_launcher_lost(self) -> None:
-        if not self.stopped.is_set():
-            for key in sorted(self._unreported):
-                self._loop.call_soon(self._fail, *key, FailureCause.EXITED, "the launcher ended before it could start it")
-            self._unreported.clear()
-            log.error("the launcher process ended; ranks go on, their stops are noticed by silence; the next restart starts another")
+        self._ended(rank, incarnation, how)
 
     def _fence(self, rank: int, incarnation: int, reason: str) -> None:
         """Cut its channel and kill it. A process with SIGKILL pending runs no more of its program, and what it sent before carries its
@@ -448,16 +353,14 @@ class Controller:
         link = self._links.pop((rank, incarnation), None)
         if link is not None:
             link.close()
-        process = self._processes.get((rank, incarnation))
-        if process is not None:
-            process.kill()
-        elif self._agents is not None and self._agents.is_remote(rank):
+        if self._agents is not None and self._agents.is_remote(rank):
             self._agents.kill(rank, incarnation, reason)
+        else:
+            self._local.kill(rank, incarnation)
         self._feed(ev.RankFenced(rank, incarnation))
 
     def _probe(self, rank: int, incarnation: int) -> None:
-        process = self._processes.get((rank, incarnation))
-        state = process.state() if process else self._remote_state(rank, incarnation)
+        state = self._local.state(rank, incarnation) or self._remote_state(rank, incarnation)
         if state is None:
             self._fail(rank, incarnation, FailureCause.HEARTBEAT, f"silent for {self.settings.heartbeat_timeout_s:g} s")
         elif state.is_ending:
@@ -512,9 +415,7 @@ class Controller:
         self.eventlog.close()
 
     def status(self) -> dict[str, Any]:
-        pids = {key: process.pid for key, process in self._processes.items()}
-        known = pids | (self._agents.pids() if self._agents is not None else {})
-        status = status_object(self.brain.state, known, self.config.device)
+        status = status_object(self.brain.state, self._pids(), self.config.device)
         if self._agents is not None:
             status["nodes"] = self._agents.status()
         if self._backup is not None:
