@@ -13,9 +13,7 @@ from elastic_ep.core.errors import InsufficientSlotsError
 log = logging.getLogger(__name__)
 
 
-def planning(
-    command: ev.MakePlan, settings: planner.PlanSettings, state: BrainState, backups: planner.Backups
-) -> Callable[[], ev.Planned]:
+def planning(command: ev.MakePlan, settings: planner.PlanSettings, state: BrainState, backups: planner.Backups) -> Callable[[], ev.Planned]:
     """A call that computes the answer, in any thread: what it needs of the state is taken now.
 
     Args:

@@ -26,6 +26,9 @@ from elastic_ep.serving.text import Tokenizer, load_tokenizer
 
 Announce = Callable[[dict[str, Any]], None]
 
+OWN_FILES, FILES_PER_RANK = 40, 4
+"""that a server holds open: 20 and 2 were counted, a restart takes some more"""
+
 
 class ServerError(ElasticEPError):
     """The server ended because it could not go on."""
@@ -68,14 +71,21 @@ def serve(config: ServeConfig, host: str, port: int, shutdown_timeout_s: float, 
     spec = inspect_checkpoint(config.checkpoint)
     config.brain_settings(spec)  # all values are checked before anything is started
     tokenizer = load_tokenizer(Path(config.checkpoint))
-    _raise_open_files()
+    _raise_open_files(config.ep_size)
     with listen(host, port) as sock:
         return uvloop.run(_serve(config, spec, tokenizer, sock, host, shutdown_timeout_s, announce))
 
 
-def _raise_open_files() -> None:
-    """As many as the system lets this process have: each client takes one, and ranks must not be refused for them."""
+def _raise_open_files(ep_size: int) -> None:
+    """As many as the system lets this process have: each client takes one, and ranks must not be refused for them. Raises
+    InvalidInputError where the ranks alone would not find enough."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OWN_FILES + FILES_PER_RANK * ep_size
+    if 0 <= hard < needed:
+        raise InvalidInputError(
+            f"the system lets this process open {hard} files; a server with --ep-size {ep_size} takes up to "
+            f"{needed}, and one for each client: raise the limit (ulimit -Hn, LimitNOFILE in a systemd unit)"
+        )
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

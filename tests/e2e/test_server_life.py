@@ -99,6 +99,17 @@ def test_a_bad_argument_names_value_and_cure(checkpoint, arguments, words):
         assert word in result.stderr
 
 
+def test_too_few_open_files(checkpoint):
+    command = [sys.executable, "-P", "-m", "elastic_ep.cli.main", "serve", str(checkpoint("qwen3_moe")), "--ep-size", "4"]
+    limited = ["sh", "-c", 'ulimit -n 24 && exec "$@"', "sh", *command]
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "elastic-ep serve: error: the system lets this process open 24 files; a server with --ep-size 4 takes up to 56, "
+        "and one for each client: raise the limit (ulimit -Hn, LimitNOFILE in a systemd unit)\n"
+    )
+
+
 def test_a_taken_port(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
