@@ -269,6 +269,7 @@ def multi_process_service(folder: str) -> Iterator[bool]:
         return
     place = tempfile.mkdtemp(prefix="mps", dir=folder)
     with environment(CUDA_MPS_PIPE_DIRECTORY=place, CUDA_MPS_LOG_DIRECTORY=place):
+        os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # queues are counted over all its clients
         try:
             yield subprocess.run([daemon, "-d"], check=False, timeout=30, capture_output=True).returncode == 0
         finally:

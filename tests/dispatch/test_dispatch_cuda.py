@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from elastic_ep.runtime.dispatch.cuda.region import Capacity, Layout
 
 pytestmark = pytest.mark.timeout(100)
 SMALL = Capacity(4, 8, 2, max_tokens=16, top_k=3, hidden=8)
+SLEEP_CYCLES = 100_000
+"""some 50 us"""
 SOON_S = 4.0
 """ranks that share a GPU by time slices are slow"""
 
@@ -158,13 +161,15 @@ def _experts(handle: Any, held: torch.Tensor) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("in_place", [False, True], ids=["rows from elsewhere", "rows in the region"])
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_a_step_is_captured_once_and_replayed_under_new_epochs_without_waiting(dispatchers: Any, num_ranks: int) -> None:
+def test_a_step_is_captured_once_and_replayed_under_new_epochs_without_waiting(dispatchers: Any, num_ranks: int, in_place: bool) -> None:
+    """Each layer has rows of its own, and rank 0 is late for each: it must not find those of the next."""
     ranks = dispatchers(num_ranks)
     rng = np.random.default_rng(3)
     streams = {r: torch.cuda.Stream() for r in ranks}
     buffers = {
-        r: (torch.zeros(9, 64, dtype=torch.bfloat16).cuda(), torch.zeros(9, 3, dtype=torch.int64).cuda(), torch.zeros(9, 3).cuda())
+        r: (torch.zeros(3, 9, 64, dtype=torch.bfloat16).cuda(), torch.zeros(9, 3, dtype=torch.int64).cuda(), torch.zeros(9, 3).cuda())
         for r in ranks
     }
     outs: dict[int, list[torch.Tensor]] = {}
@@ -175,15 +180,21 @@ def test_a_step_is_captured_once_and_replayed_under_new_epochs_without_waiting(d
         with torch.cuda.graph(graphs[r], stream=streams[r]):
             outs[r] = []
             for layer in range(3):
-                handle = d.enqueue_dispatch(*buffers[r], layer)
-                _experts(handle, buffers[r][0])
+                x = buffers[r][0][layer]
+                if in_place:
+                    x = d.token_buffer(*x.shape, x.dtype).copy_(x)
+                if r == 0:
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                handle = d.enqueue_dispatch(x, *buffers[r][1:], layer)
+                _experts(handle, x)
                 outs[r].append(d.enqueue_combine(handle))
     for step in range(1, 13):
         epoch = step // 4 + 1
         routing = make_routing(np.random.default_rng(epoch), list(ranks), 8, 3, epoch)
         batches = {r: make_batch(rng, 9, 3, 8, 64, torch.bfloat16) for r in ranks}
         for r, batch in batches.items():
-            for buffer, value in zip(buffers[r], (batch.x, batch.topk_ids, batch.topk_weights), strict=True):
+            x = torch.stack([batch.x.roll(layer, 0) for layer in range(3)])
+            for buffer, value in zip(buffers[r], (x, batch.topk_ids, batch.topk_weights), strict=True):
                 buffer.copy_(value)
         for r, d in ranks.items():
             with torch.cuda.stream(streams[r]):
@@ -201,8 +212,9 @@ def test_a_step_is_captured_once_and_replayed_under_new_epochs_without_waiting(d
         for r, d in ranks.items():
             with torch.cuda.stream(streams[r]):
                 assert d.wait() is None
-            for out in outs[r]:
-                assert same_bits(out.cpu(), expected(batches[r])), f"rank {r}, step {step}"
+            for layer, out in enumerate(outs[r]):
+                batch = replace(batches[r], x=batches[r].x.roll(layer, 0))
+                assert same_bits(out.cpu(), expected(batch)), f"rank {r}, step {step}, layer {layer}"
 
 
 @needs_gpu

@@ -59,6 +59,7 @@ class DeviceEngine(ElasticEngine):
         self._graph_tokens = graph_tokens
         self._graphs: StepGraphs | None = None
         self._captured_state: DeviceStep | None = None
+        self._enqueue: CudaDispatcher | None = None
 
     def make_slots(self) -> None:
         """See `Engine`."""
@@ -191,14 +192,12 @@ class DeviceEngine(ElasticEngine):
 
     def _token_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Where the rows that an MoE layer dispatches belong: in the memory that peers read, if the backend has such; saves their copy."""
-        experts: Any = self._layers[0]
-        enqueue: CudaDispatcher | None = experts.state.enqueue
-        num_tokens = x.numel() // x.shape[-1]
-        if enqueue is None or num_tokens > enqueue.capacity.max_tokens:
+        if self._enqueue is None:
             return torch.empty_like(x)
-        return enqueue.token_buffer(num_tokens, x.shape[-1], x.dtype).view_as(x)
+        return self._enqueue.token_buffer(x.numel() // x.shape[-1], x.shape[-1], x.dtype).view_as(x)
 
     def _set_state(self, state: DeviceStep) -> None:
+        self._enqueue = state.enqueue
         for layer in self._layers:
             layer.state = state  # type: ignore[assignment]
 

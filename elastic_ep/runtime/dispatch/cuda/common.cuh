@@ -13,10 +13,11 @@
 //
 // Lock-step makes it safe to overwrite a region: before a rank publishes layer l + 1 it has seen every peer's combine flag of layer l,
 // which a peer raises after its gather of layer l; before it writes y of l + 1 it has seen every peer's dispatch flag of l + 1, which a peer
-// raises after its combine of l.
+// raises after its combine of l. x may be written before its dispatch is launched, by a kernel after the combine of the layer before, also
+// in a void step, where a peer may still read: what it makes of these rows is of our tokens only, and neither step can hold.
 //
 // A block that waits holds registers which another rank on the same GPU may need to get on with what is being waited for. So a rank that
-// shares its GPU runs the parts of a direction as kernels of their own, and a single block waits; so do large batches, where the many
+// shares its GPU moves rows in a kernel of its own, and a single block waits in the one before; so do large batches, where the many
 // blocks of a single kernel hinder each other while they wait.
 #ifndef ELASTIC_EP_COMMON_CUH
 #define ELASTIC_EP_COMMON_CUH

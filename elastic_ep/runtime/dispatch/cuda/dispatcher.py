@@ -81,7 +81,7 @@ class CudaDispatcher:
         capacity: the largest batch; alike on all ranks.
         device: the GPU; several ranks may share one.
         cache: folder for the compiled kernels; None: `.cache/elastic-ep` in the home folder.
-        split: run the parts of a direction as kernels of their own, of which one block waits; None: once ranks share the GPU. Large batches
+        split: move rows in a kernel of its own, after one of which a single block waits; None: once ranks share the GPU. Large batches
             always run so.
         shares: whether ranks are taken to share the GPU before the first `connect` tells.
     """
@@ -232,11 +232,11 @@ class CudaDispatcher:
 
     @property
     def is_split(self) -> bool:
-        """Whether every direction runs as kernels of its own; a graph captured so replays in every epoch that is so, too."""
+        """Whether rows always move in a kernel of its own; a graph captured so replays in every epoch that is so, too."""
         return self._split
 
     def token_buffer(self, num_tokens: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-        """[num_tokens, hidden] in this rank's region: an x that lies here is not copied. Free to write once a combine is enqueued."""
+        """[num_tokens, hidden] in this rank's region: an x that begins here is not copied. Free to write once a combine is enqueued."""
         return self._memory.x[: num_tokens * hidden * dtype.itemsize].view(dtype).view(num_tokens, hidden)
 
     def begin_step(self, routing: RoutingTable, epoch: int, step: int) -> None:
@@ -333,8 +333,8 @@ class CudaDispatcher:
         return self._words.outcome()
 
     def _waits_apart(self, tokens: int) -> bool:
-        """Whether a single block waits, in a kernel of its own. More than one waiting block per multiprocessor was measured to be slow:
-        2.1 ms instead of 0.09 ms for 512 tokens of a rank alone."""
+        """Whether a single block waits, and rows move in a kernel of its own. More than one waiting block per multiprocessor was measured
+        to be slow: 2.1 ms instead of 0.09 ms for 512 tokens of a rank alone."""
         return self._split or self._num_active * max(tokens, 32) > self._num_sms
 
     @property
