@@ -211,6 +211,8 @@ def _transformers(folder: str, tokens: int, pipe: Any) -> None:
     model = model.to_empty(device="cuda").eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
+    for buffer in model.buffers():
+        buffer.zero_()  # what corrects a router's choice, in some families
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).cuda()
     ids = torch.tensor(prompts(config.vocab_size), device="cuda")
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
