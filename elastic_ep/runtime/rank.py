@@ -6,6 +6,7 @@ controller writes to a rank in mid-step only to interrupt it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -183,6 +184,8 @@ class Rank:
         self.epoch = order.epoch
         self.stager.cancel()
         linked = self.dispatcher.connect(order.peers, order.deadline_s, epoch=order.epoch)
+        with contextlib.suppress(InvalidInputError):  # its folder is not there again yet; experts come from elsewhere meanwhile
+            self.peer_server.listen()
         if isinstance(linked, PeerFailed):
             return InstallFailed(order.epoch, (), {peer: kind.value for peer, kind in linked.peers.items()}, "")
         self.faults.reach("install_connected", epoch=order.epoch)
@@ -291,7 +294,7 @@ def _say_hello(channel: ControlChannel, config: RankConfig, dispatcher: MeshDisp
     server = PeerServer(config.rank, weights_listen(config.listen), config.token)
     address, weights, failure = config.listen, "", None
     try:
-        address, weights = dispatcher.listen(), server.start()
+        address, weights = dispatcher.listen(), server.listen()
     except InvalidInputError as error:
         failure = error
     channel.send(Hello(config.rank, config.incarnation, os.getpid(), socket.gethostname(), token, address, weights))

@@ -101,7 +101,7 @@ def read(sources, layer: int, index: int, digest: int | None = None) -> tuple[Lo
 def serve(tmp_path: Path, rank: int, slots: FakeSlots, token: str = "secret") -> str:
     server = PeerServer(rank, f"unix:{tmp_path}/{rank}.weights", token)
     server.find, server.addresses = slots.bytes_of, slots.addresses
-    return server.start()
+    return server.listen()
 
 
 def test_a_peer_sends_what_it_holds(tmp_path, peers):
@@ -119,6 +119,19 @@ def test_a_peer_is_not_asked_without_the_token(tmp_path):
     address = serve(tmp_path, 1, FakeSlots((0, 0, 0)))
     with pytest.raises(CheckpointError, match="rank 1 at unix:"):
         read([Peers(0, "unix:/none", "another", FakeSlots.shape).source(1, {1: address})], 0, 0)
+
+
+def test_a_peer_listens_again_once_its_socket_was_removed(tmp_path, peers):
+    server = PeerServer(1, f"unix:{tmp_path}/1.weights", "secret")
+    server.find = FakeSlots((1, 2, 3)).bytes_of
+    others = set(threading.enumerate())
+    address = server.listen()
+    (listens,) = (thread for thread in threading.enumerate() if thread not in others)
+    (tmp_path / "1.weights").unlink()
+    assert server.listen() == server.listen() == address
+    assert read([peers.source(1, {1: address})], 1, 3)[1].equal(expert(1, 3))
+    listens.join(10)
+    assert not listens.is_alive()
 
 
 def test_a_peer_that_died_or_hangs_is_passed_over(tmp_path, peers, monkeypatch):
@@ -422,7 +435,7 @@ def test_a_peer_that_drips_is_passed_over(tmp_path, peers, monkeypatch):
 
     monkeypatch.setattr("elastic_ep.runtime.weights.peer._send", drip)
     server.find = FakeSlots((0, 0, 0)).bytes_of
-    source = peers.source(1, {1: server.start()})
+    source = peers.source(1, {1: server.listen()})
     with pytest.raises(CheckpointError, match=r"too slow: \d+ of 256 bytes came in time"):
         read([source], 0, 0)
     stop.set()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from elastic_ep.core.errors import CheckpointError
 from elastic_ep.runtime.control.address import connect
-from elastic_ep.runtime.dispatch.addresses import listen
+from elastic_ep.runtime.dispatch.addresses import exists, listen
 from elastic_ep.runtime.dispatch.handshake import HELLO_BYTES, WELCOME_BYTES, pack_hello, pack_welcome, parse_hello, parse_welcome
 from elastic_ep.runtime.faults import FaultPlan
 from elastic_ep.runtime.weights.digest import CHUNK_BYTES, Digest, Read
@@ -35,6 +35,7 @@ _PEER_CREDENTIALS = struct.Struct("iII")
 _SEND_BUFFER_BYTES = 4 << 20
 """Of a local socket (the system may give less): the more fits, the less often two threads wait for each other and for a free core."""
 _CONNECT_TIMEOUT_S = 2.0
+_RETRY_S = 1.0
 _IDLE_TIMEOUT_S = 1.0
 """without a byte for so long, a peer is stopped or cut off, and the next source is asked"""
 _SLOWEST_BYTES_PER_S = 20e6
@@ -51,22 +52,36 @@ class PeerServer:
 
     def __init__(self, rank: int, address: str, token: str) -> None:
         self._rank = rank
-        self._wanted = address
+        self._address = address
         self._token = token
+        self._listener: socket.socket | None = None
         self.find: Callable[[int, int], torch.Tensor | None] = lambda layer, expert: None
         self.addresses: Callable[[], NDArray[np.uint64] | None] = lambda: None
         self.faults = FaultPlan()
 
-    def start(self) -> str:
-        """Listen, and return the address to announce. Its threads end with the process."""
-        listener, address = listen(self._wanted)
-        listener.setblocking(True)
-        threading.Thread(target=self._accept, args=(listener,), name="weights", daemon=True).start()
-        return address
+    def listen(self) -> str:
+        """Start listening, once, or again where somebody has removed the socket's file. Returns the address to announce. Its threads end
+        with the process. Raises InvalidInputError."""
+        before = self._listener
+        if before is None or not exists(self._address):
+            self._listener, self._address = listen(self._address)
+            self._listener.setblocking(True)
+            threading.Thread(target=self._accept, args=(self._listener,), name="weights", daemon=True).start()
+            if before is not None:
+                before.shutdown(socket.SHUT_RDWR)
+        return self._address
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = listener.accept()
+            try:
+                sock, _ = listener.accept()
+            except OSError as error:
+                if self._listener is not listener:
+                    listener.close()
+                    return
+                log.error("no peer can ask for weights just now: %s", error)
+                time.sleep(_RETRY_S)
+                continue
             threading.Thread(target=self._serve, args=(sock,), name="weights-peer", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
