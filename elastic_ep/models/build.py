@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from elastic_ep.core.errors import CheckpointError
-from elastic_ep.models.linear import RowNorm
+from elastic_ep.models.linear import RouterWeight, RowNorm
 from elastic_ep.models.spec import ModelSpec
 from elastic_ep.runtime.weights.checkpoint import TensorReader
 from elastic_ep.runtime.weights.digest import Digest
@@ -78,14 +78,6 @@ def experts_module(model: PreTrainedModel, layer: int) -> nn.Module:
     return module
 
 
-def router_weights(model: PreTrainedModel, spec: ModelSpec) -> list[torch.Tensor]:
-    """The weights that transformers' routers multiply with by themselves, [in, out], in the dtype that they use."""
-    modules = [model.model.layers[layer].mlp for layer in spec.moe_layers]
-    routers = [getattr(mlp, "gate", None) or mlp.router for mlp in modules]
-    weights = [router.weight.float() if hasattr(router, "e_score_correction_bias") else router.weight for router in routers]
-    return [weight.t() for weight in weights]
-
-
 def use_row_kernels(model: PreTrainedModel, linear: type[nn.Linear], norm: type[RowNorm] = RowNorm) -> None:
     """Make every nn.Linear one of `linear` (a subclass that adds no state), and every root mean square norm one of `norm`."""
     for module in model.modules():
@@ -95,3 +87,10 @@ def use_row_kernels(model: PreTrainedModel, linear: type[nn.Linear], norm: type[
             rounds_last = type(module).__name__ == "GptOssRMSNorm"
             module.__class__ = norm
             module.rounds_last = rounds_last  # type: ignore[assignment]
+
+
+def use_router_weights(model: PreTrainedModel, kind: type[RouterWeight] = RouterWeight) -> None:
+    """Make every router's matrix one of `kind`."""
+    for module in model.modules():
+        if type(module).__name__.endswith("Router"):
+            module._parameters["weight"] = module.weight.detach().as_subclass(kind)  # type: ignore

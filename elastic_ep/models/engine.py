@@ -13,11 +13,11 @@ from elastic_ep.brain.messages import SampledToken, SequenceWork
 from elastic_ep.core.errors import InvalidInputError
 from elastic_ep.core.routing import RoutingTable
 from elastic_ep.models.attention import Attention, AttentionState
-from elastic_ep.models.build import build_model, experts_module, load_dense, router_weights, use_row_kernels
+from elastic_ep.models.build import build_model, experts_module, load_dense, use_router_weights, use_row_kernels
 from elastic_ep.models.experts import LayerExperts, StepState, StepVoid
 from elastic_ep.models.kv import PagedKV
 from elastic_ep.models.linear import FastLinear, RowLinear, multiply_groups, multiply_groups_fast, swiglu
-from elastic_ep.models.rows import check_matmul, padded_rows, row_multiple
+from elastic_ep.models.rows import padded_rows, row_multiple
 from elastic_ep.models.sampling import sample
 from elastic_ep.models.slots import ExpertSlots
 from elastic_ep.models.spec import ModelSpec, inspect_checkpoint
@@ -89,7 +89,7 @@ class ElasticEngine:
         self.slots = self._new_slots(layout, CheckpointSource(self._reader, layout, self._pieces), is_transposed)
 
     def load_dense(self) -> int:
-        """See `Engine`; checks this processor's arithmetic too. Raises CheckpointError, InvalidInputError."""
+        """See `Engine`. Raises CheckpointError, InvalidInputError."""
         digest = load_dense(self._model, self.spec, self._reader, self.dtype)
         attention = self._place()
         for i, layer in enumerate(self.spec.moe_layers):
@@ -99,7 +99,7 @@ class ElasticEngine:
             self._layers.append(experts)
         for decoder_layer in self._model.model.layers:
             decoder_layer.self_attn.elastic_attention = attention
-        self._check_arithmetic()
+        self._load_kernels()
         return digest
 
     def prepare(self, dispatcher: Dispatcher) -> None:
@@ -115,14 +115,14 @@ class ElasticEngine:
         spec, family = self.spec, self.spec.family
         self.kv = PagedKV(spec.config["num_hidden_layers"], family.kv_shape(spec.config), self._kv_tokens)
         use_row_kernels(self._model, FastLinear if self.fast_math else RowLinear)
+        if not self.fast_math:
+            use_router_weights(self._model)
         self._row_multiple = row_multiple(family.elementwise_lengths(spec.config))
         self._attention = AttentionState(self.kv)
         return self._attention
 
-    def _check_arithmetic(self) -> None:
-        """Raises ElasticEPError where this processor does not keep a row's bits."""
-        if not self.fast_math:
-            check_matmul(router_weights(self._model, self.spec))
+    def _load_kernels(self) -> None:
+        """Nothing to do: those for the processor came with the package."""
 
     def run_step(
         self, work: Sequence[SequenceWork], release: Sequence[int], routing: RoutingTable, dispatcher: Dispatcher, step: int

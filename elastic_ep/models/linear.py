@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -77,18 +77,43 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., in] @ weight [out, in].T + bias by the kernel of `multiply_groups`."""
+    x, weight = x.contiguous(), weight.contiguous()
+    assert x.dtype == weight.dtype
+    num_out, depth = weight.shape
+    out = torch.empty(*x.shape[:-1], num_out, dtype=x.dtype)
+    table = (0, x.numel() // depth, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+    kernels().matmul(x.data_ptr(), out.data_ptr(), table, depth, num_out, x.dtype == torch.bfloat16, False, False)
+    return out
+
+
+class RouterWeight(torch.Tensor):
+    """A router's matrix: transformers multiplies with it by F.linear, which the library would do by another kernel for other numbers of
+    rows."""
+
+    product = staticmethod(multiply)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.linear:
+            return cls._linear(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _linear(cls, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        plain = [None if t is None else t.as_subclass(torch.Tensor) for t in (x, weight, bias)]
+        assert plain[0] is not None
+        assert plain[1] is not None
+        return cls.product(plain[0], plain[1], plain[2])
+
+
 class RowLinear(nn.Linear):
-    """nn.Linear over the kernel of `multiply_groups`. Made of an nn.Linear by assigning the class."""
+    """nn.Linear by `multiply`. Made of an nn.Linear by assigning the class."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()
-        weight, bias = self.weight, self.bias
-        assert x.dtype == weight.dtype
-        out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
-        table = (0, x.numel() // self.in_features, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-        is_bf16 = x.dtype == torch.bfloat16
-        kernels().matmul(x.data_ptr(), out.data_ptr(), table, self.in_features, self.out_features, is_bf16, False, False)
-        return out
+        return multiply(x, self.weight, self.bias)
 
 
 class FastLinear(RowLinear):

@@ -201,8 +201,7 @@ def test_a_stopped_launcher_keeps_no_seat_empty(checkpoint):
         (launcher,) = children(server.process.pid)
         os.kill(launcher, signal.SIGSTOP)
         server.signal_rank(1)
-        status = server.wait_status(lambda s: s["active_ranks"] == [1, 1] and s["ranks"][1]["incarnation"] > 0)
-        assert status["phase"] == "serving"
+        server.wait_status(lambda s: s["active_ranks"] == [1, 1] and s["ranks"][1]["incarnation"] > 0 and s["phase"] == "serving")
         assert children(server.process.pid) == [launcher]
         server.stop()
     assert f"the launcher, process {launcher}, is stopped by a signal; it is woken" in server.stderr

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from elastic_ep.models.build import use_row_kernels
+from elastic_ep.models.build import use_router_weights, use_row_kernels
 from elastic_ep.models.gpu import kernels
-from elastic_ep.models.linear import RowNorm
+from elastic_ep.models.linear import RouterWeight, RowNorm
 
 _BM = 32
 _SIDE_BY_SIDE = 4
@@ -118,28 +118,13 @@ class DeviceNorm(RowNorm):
         return out
 
 
-class RouterWeight(torch.Tensor):
-    """A router's matrix: transformers multiplies with it by F.linear, which the library would do by another kernel for other numbers of
-    rows."""
+class DeviceRouterWeight(RouterWeight):
+    """The same on the device."""
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.linear:
-            return _plain_linear(*args, **kwargs)
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-
-def _plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    plain = [None if t is None else t.as_subclass(torch.Tensor) for t in (x, weight, bias)]
-    assert plain[0] is not None
-    assert plain[1] is not None
-    return multiply(plain[0], plain[1], plain[2])
+    product = staticmethod(multiply)
 
 
 def use_device_kernels(model: PreTrainedModel) -> None:
-    """Make every nn.Linear a DeviceLinear, every root mean square norm a DeviceNorm, and every router's matrix a RouterWeight."""
+    """Make every nn.Linear a DeviceLinear, every root mean square norm a DeviceNorm, and every router's matrix a DeviceRouterWeight."""
     use_row_kernels(model, DeviceLinear, DeviceNorm)
-    for module in model.modules():
-        if type(module).__name__.endswith("Router"):
-            module._parameters["weight"] = module.weight.detach().as_subclass(RouterWeight)  # type: ignore
+    use_router_weights(model, DeviceRouterWeight)

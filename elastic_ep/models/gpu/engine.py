@@ -106,7 +106,7 @@ class DeviceEngine(ElasticEngine):
         gate: Any = None if plain_silu else module._apply_gate
         return DeviceExperts(layer, self.rank, self._device_slots, self._matrices, gate)
 
-    def _check_arithmetic(self) -> None:
+    def _load_kernels(self) -> None:
         """Compile and load every kernel, by a step of two tokens that go nowhere."""
         work = [SequenceWork(-1, 0, (0, 0), SamplingParams(temperature=0))]
         self._make_room(work, ())
