@@ -140,8 +140,8 @@ def test_a_masked_seat_gets_nothing_and_is_not_waited_for_and_a_newcomer_takes_i
 def dispatchers(folder: Path) -> Any:
     made: dict[int, CudaDispatcher] = {}
 
-    def make(num_ranks: int, **options: Any) -> dict[int, CudaDispatcher]:
-        capacity = Capacity(num_ranks, 8, 3, max_tokens=32, top_k=3, hidden=64, max_replicas=32)
+    def make(num_ranks: int, num_experts: int = 8, top_k: int = 3, **options: Any) -> dict[int, CudaDispatcher]:
+        capacity = Capacity(num_ranks, num_experts, 3, max_tokens=32, top_k=top_k, hidden=64, max_replicas=32)
         made.update({r: CudaDispatcher(r, f"unix:{folder}/{r}", capacity, token=TOKEN, **options) for r in range(num_ranks)})
         addresses = {r: d.listen() for r, d in made.items()}
         assert run_ranks({r: lambda d=d: d.connect(addresses, 20.0) for r, d in made.items()}) == dict.fromkeys(made)
@@ -218,6 +218,33 @@ def test_a_step_is_captured_once_and_replayed_under_new_epochs_without_waiting(d
 
 
 @needs_gpu
+@pytest.mark.parametrize("top_k", [9, 16, 31, 32])
+def test_more_than_eight_experts_a_token(dispatchers: Any, top_k: int) -> None:
+    """The kernels take a token's pairs a few at a time: up to a warp's lanes."""
+    ranks = dispatchers(2, num_experts=40, top_k=top_k)
+    rng = np.random.default_rng(top_k)
+    streams = {r: torch.cuda.Stream() for r in ranks}
+    for step in range(1, 4):
+        routing = make_routing(rng, list(ranks), 40, 3, step)
+        batches = {r: make_batch(rng, 32 - step * r, top_k, 40, 64, torch.bfloat16) for r in ranks}
+        inputs = {r: (b.x.cuda(), b.topk_ids.cuda(), b.topk_weights.cuda()) for r, b in batches.items()}
+        torch.cuda.synchronize()
+        outs = {}
+        for r, d in ranks.items():
+            with torch.cuda.stream(streams[r]):
+                d.begin_step(routing, step, step)
+        for r, d in ranks.items():
+            with torch.cuda.stream(streams[r]):
+                handle = d.enqueue_dispatch(*inputs[r], 0)
+                _experts(handle, inputs[r][0])
+                outs[r] = d.enqueue_combine(handle)
+        for r, d in ranks.items():
+            with torch.cuda.stream(streams[r]):
+                assert d.wait() is None
+                assert same_bits(outs[r].cpu(), expected(batches[r])), f"rank {r}, step {step}"
+
+
+@needs_gpu
 def test_a_failure_shows_in_pinned_memory_and_ends_the_rest_of_the_step_at_once(dispatchers: Any) -> None:
     ranks = dispatchers(2, deadline_s=5.0)
     routing = make_routing(np.random.default_rng(0), [0, 1], 8, 3)
@@ -234,10 +261,14 @@ def test_a_failure_shows_in_pinned_memory_and_ends_the_rest_of_the_step_at_once(
 
 
 @needs_gpu
-def test_a_pair_without_a_rank_is_reported_by_the_device(dispatchers: Any) -> None:
+@pytest.mark.parametrize("where", [(slice(None), slice(None)), (2, 1), (3, 2)], ids=["all", "one among good ones", "the last"])
+def test_a_pair_without_a_rank_is_reported_by_the_device(dispatchers: Any, where: Any) -> None:
     (rank,) = dispatchers(1).values()
     batch = make_batch(np.random.default_rng(0), 4, 3, 8, 64, torch.bfloat16)
     rank.begin_step(make_routing(np.random.default_rng(0), [0], 8, 3), 1, 1)
-    rank.enqueue_dispatch(batch.x.cuda(), batch.topk_ids.cuda() + 8, batch.topk_weights.cuda(), 0)
+    ids = batch.topk_ids.cuda()
+    ids[where] += 8
+    handle = rank.enqueue_dispatch(batch.x.cuda(), ids, batch.topk_weights.cuda(), 0)
+    rank.enqueue_combine(handle)
     with pytest.raises(InvalidInputError, match="does not exist or has no live replica"):
         rank.wait()

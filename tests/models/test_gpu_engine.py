@@ -205,6 +205,20 @@ class TestMappedBackup:
         assert world.engine.slots._mapped.wait_mapped(20.0)
         return world, backup
 
+    def test_one_process_of_the_host_maps_at_a_time(self, page_checkpoint: Path) -> None:
+        world, backup = self.world_and_backup(page_checkpoint)
+        world.engine.slots.backup = None
+        program = "import fcntl, sys; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", program, str(backup._fd)]
+        with subprocess.Popen(command, pass_fds=[backup._fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline()
+            world.engine.slots.backup = backup
+            assert not world.engine.slots._mapped.wait_mapped(2.0)
+            other.kill()
+            other.wait()
+            assert world.engine.slots._mapped.wait_mapped(20.0)
+
     def test_experts_come_back_bit_by_bit(self, page_checkpoint: Path) -> None:
         world, backup = self.world_and_backup(page_checkpoint)
         before = world.engine.slots.slot_bytes(0, 1)

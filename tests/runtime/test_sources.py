@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -320,6 +323,23 @@ def test_nobody_reads_ahead_before_the_rank_is_a_member(backup):
     slots.backup = backup
     assert Upkeep(slots, 0, slots.held, (0, 1), 1e9, 1e9).step() == IDLE_S
     assert not backup.experts.any()
+
+
+TAKES_TURN = "import fcntl, sys; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+"""a process that has its turn until it is killed"""
+
+
+def test_one_process_has_its_turn_until_it_ends_it_or_dies(backup):
+    assert backup.take_turn()
+    command = [sys.executable, "-c", TAKES_TURN, str(backup._fd)]
+    with subprocess.Popen(command, pass_fds=[backup._fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert not select.select([other.stdout], [], [], 0.5)[0], "it waits"
+        backup.end_turn()
+        other.stdout.readline()
+        assert not backup.take_turn()
+        other.kill()
+        other.wait()
+        assert backup.take_turn()
 
 
 def test_two_processes_share_one_backup(backup):

@@ -120,6 +120,18 @@ class HostBackup:
         """What `write` was told; None while it is not there."""
         return int(self._digests[layer, expert]) if self._ready[layer, expert] else None
 
+    def take_turn(self) -> bool:
+        """Whether this process may now do what one process of the host does at a time. Until `end_turn`, or its death."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # either says that another process has it
+            return False
+        return True
+
+    def end_turn(self) -> None:
+        """Let another process have it."""
+        fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
     def close(self) -> None:
         """The mapping goes with the process: views of it may still be in use."""
 
