@@ -1,4 +1,4 @@
-"""What is promised on GPUs, measured on the GPU at hand: dispatch and combine, then ranks that serve (benchmarks/gpu_serving.py).
+"""What is promised on GPUs, measured on the GPU at hand: dispatch and combine; ranks that serve, in two shapes; random kills.
 
 python benchmarks/gpu.py [--only dispatch] [--json]
 """
@@ -9,16 +9,23 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from gpu_checkpoints import SHAPES
 
 from elastic_ep.runtime.dispatch.cuda.build import find_nvcc
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = "one-graphs,one-fast,transformers,throughput,replicas,lost,rejoin"
+SERVING = {shape: ("--shape", shape, "--parts", PARTS) for shape in SHAPES} | {
+    "random-kills": ("--checkpoint", str(ROOT / "elastic_ep" / "assets" / "demo_model"), "--parts", "random")
+}
 
 
 def why_not() -> str | None:
@@ -37,11 +44,19 @@ def plain(value: Any) -> Any:
     return value
 
 
+def serving(arguments: tuple[str, ...]) -> Any:
+    """What gpu_serving.py finds. Its checkpoint is in memory for as long."""
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="elastic-ep-", dir=memory) as folder:
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_serving.py"), "--folder", folder, *arguments, "--json"]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--repeats", type=int, default=40, help="steps of 16 layers measured per size (default 40)")
-    parser.add_argument("--only", choices=["dispatch", "serving"])
+    parser.add_argument("--only", choices=["dispatch", *SERVING])
     options = parser.parse_args()
     reason = why_not()
     if reason is not None:
@@ -55,11 +70,11 @@ def main() -> None:
         report["dispatch"] = gpu_dispatch.run(options.repeats)
         if not options.json:
             gpu_dispatch.print_report(report["dispatch"])
-    if options.only in (None, "serving"):
-        command = [sys.executable, str(Path(__file__).with_name("gpu_serving.py")), "--json"]
-        report["serving"] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-        if not options.json:
-            print(json.dumps(report["serving"], indent=1))
+    for name, arguments in SERVING.items():
+        if options.only in (None, name):
+            report[name] = serving(arguments)
+            if not options.json:
+                print(json.dumps({name: report[name]}, indent=1))
     print(json.dumps(plain(report)) if options.json else f"{time.monotonic() - begin:.0f} s in all")
 
 

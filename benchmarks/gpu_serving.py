@@ -6,7 +6,7 @@ Ranks take the GPUs that there are by turns. Those that share one do so through 
 machine has it (`--share slices`: as the driver shares a GPU by default, one process after the other; also where each has its own).
 
 The checkpoint is random and written to `folder` first: 1.3 GB for each layer of qwen3-30b-a3b, as many as two copies of the experts leave
-room for on the GPU. Streams are greedy; what every client got is compared with an undisturbed run.
+room for on the GPU, the file and a backup on the host. Streams are greedy; what every client got is compared with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -247,9 +247,12 @@ def shared(measure: Callable[[], Any]) -> Any:
 
 
 def layers_that_fit(shape: str) -> int:
-    """So that all experts are there twice, or one and a third times the larger ones, beside what ranks need for themselves."""
-    gigabytes = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20
-    return min(48, int(gigabytes / 2.6)) if shape == SHAPES[0] else min(3, int(gigabytes / 16))
+    """So that all experts are there twice, or one and a third times the larger ones, beside what ranks need for themselves, and that the
+    host has room for the checkpoint and a backup."""
+    most, layer, copies = (48, 1.3, 2.0) if shape == SHAPES[0] else (3, 12.0, 4 / 3)
+    on_gpu = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20
+    on_host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 - 16
+    return max(1, min(most, int(on_gpu / (copies * layer)), int(on_host / (2 * layer))))
 
 
 def main() -> None:
