@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,14 +18,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from gpu_checkpoints import SHAPES
 
 from elastic_ep.runtime.dispatch.cuda.build import find_nvcc
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = "one-graphs,one-fast,transformers,throughput,replicas,lost,rejoin"
-SERVING = {shape: ("--shape", shape, "--parts", PARTS) for shape in SHAPES} | {
-    "random-kills": ("--checkpoint", str(ROOT / "elastic_ep" / "assets" / "demo_model"), "--parts", "random")
+SERVING = {
+    "qwen3-30b-a3b": ("--shape", "qwen3-30b-a3b", "--parts", PARTS),
+    "deepseek-v3-slice": ("--shape", "deepseek-v3-slice", "--parts", PARTS),
+    "random-kills": ("--checkpoint", str(ROOT / "elastic_ep" / "assets" / "demo_model"), "--parts", "random"),
 }
 
 
@@ -45,11 +47,15 @@ def plain(value: Any) -> Any:
 
 
 def serving(arguments: tuple[str, ...]) -> Any:
-    """What gpu_serving.py finds. Its checkpoint is in memory for as long."""
+    """What gpu_serving.py finds, or why not: the rest is measured all the same. Its checkpoint is in memory for as long."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="elastic-ep-", dir=memory) as folder:
         command = [sys.executable, str(ROOT / "benchmarks" / "gpu_serving.py"), "--folder", folder, *arguments, "--json"]
-        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    if done.returncode:
+        return {"error": f"gpu_serving.py ended with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ Ranks take the GPUs that there are by turns. Those that share one do so through 
 machine has it (`--share slices`: as the driver shares a GPU by default, one process after the other; also where each has its own).
 
 The checkpoint is random and written to `folder` first: 1.3 GB for each layer of qwen3-30b-a3b, as many as two copies of the experts leave
-room for on the GPU, the file and a backup on the host. Streams are greedy; what every client got is compared with an undisturbed run.
+room for on the GPU. The host needs the room twice in the parts lost and rejoin, which have a backup, too. Streams are greedy; what every
+client got is compared with an undisturbed run.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ SETTLED_S = 0.4
 """after a kill, when the pause of the recovery itself is over; a rejoin comes later"""
 RANKS_TO_KILL = 8
 """in the part `random`: some live while others are replaced"""
+REGISTERED_BYTES_PER_S = 10e9
+"""by all ranks of a host together, with their pauses: no fewer"""
 PCIE_BYTES_PER_S = 55e9
 """registered host memory to one H200 (docs/gpu.md)"""
 
@@ -107,6 +110,12 @@ def _stalls(records: list[StreamRecord], killed: float, step_s: float) -> dict[s
     return {"first": min(stalls), "median": float(np.median(stalls)), "last": max(stalls)}
 
 
+def wait_for_backup(server: ServerProcess, spec: ModelSpec, ranks: int) -> None:
+    """Until it is full, and each rank has had the time to register its pages with the driver."""
+    server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
+    time.sleep(ranks * spec.num_layers * spec.num_experts * spec.slot_bytes(None) / REGISTERED_BYTES_PER_S)
+
+
 def deaths(
     folder: Path, spec: ModelSpec, ranks: int, tokens: int, kills: int, *, replicas: bool, dispatch: str = "socket", backup: str = "off"
 ) -> dict[str, Any]:
@@ -117,11 +126,10 @@ def deaths(
     more = ["--ep-size", str(ranks), "--dispatch", dispatch, *more]
     with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
         started = time.monotonic() - began
+        if backup == "experts":
+            wait_for_backup(server, spec, ranks)
         run(server, spec, tokens)
         expected, seconds = run(server, spec, tokens)
-        if backup == "experts":
-            server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
-            time.sleep(5.0)  # pages are registered with the driver after that
         survives, found = server.status()["survives"], []
         for number in range(kills):
             found.append(kill(server, spec, tokens, expected, (1 + number) % ranks))
@@ -139,7 +147,7 @@ def rejoin(folder: Path, spec: ModelSpec, ranks: int, tokens: int) -> dict[str, 
     room = str(REJOIN_STREAMS * (PROMPT_TOKENS + tokens))  # a rank may have to hold all of them
     more = ("--ep-size", str(ranks), "--host-backup", "experts", "--kv-tokens", room)
     with ServerProcess(folder, *arguments(redundant, *more), start_timeout_s=500) as server:
-        server.wait_status(lambda s: s["host_backup"]["experts"] == s["host_backup"]["of"], 300)
+        wait_for_backup(server, spec, ranks)
         expected, _ = run(server, spec, tokens, REJOIN_STREAMS)
         asked = prompts(spec.vocab_size)[:REJOIN_STREAMS]
         records, killed = asyncio.run(_with_kill(server, asked, tokens, 1, REJOIN_STREAMS * tokens // 20))
@@ -247,12 +255,9 @@ def shared(measure: Callable[[], Any]) -> Any:
 
 
 def layers_that_fit(shape: str) -> int:
-    """So that all experts are there twice, or one and a third times the larger ones, beside what ranks need for themselves, and that the
-    host has room for the checkpoint and a backup."""
-    most, layer, copies = (48, 1.3, 2.0) if shape == SHAPES[0] else (3, 12.0, 4 / 3)
-    on_gpu = torch.cuda.get_device_properties(0).total_memory / 1e9 - 20
-    on_host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9 - 16
-    return max(1, min(most, int(on_gpu / (copies * layer)), int(on_host / (2 * layer))))
+    """So that all experts are there twice, beside what ranks need for themselves."""
+    most, gigabytes = (48, 1.3) if shape == SHAPES[0] else (3, 12.0)
+    return max(1, min(most, int((torch.cuda.get_device_properties(0).total_memory / 1e9 - 20) / (2 * gigabytes))))
 
 
 def main() -> None:

@@ -227,17 +227,22 @@ def test_more_than_eight_experts_a_token(dispatchers: Any, top_k: int) -> None:
     for step in range(1, 4):
         routing = make_routing(rng, list(ranks), 40, 3, step)
         batches = {r: make_batch(rng, 32 - step * r, top_k, 40, 64, torch.bfloat16) for r in ranks}
-        inputs = {r: (b.x.cuda(), b.topk_ids.cuda(), b.topk_weights.cuda()) for r, b in batches.items()}
+        inputs = {r: (b.x.cuda(), b.topk_ids.cuda(), b.topk_weights.float().cuda()) for r, b in batches.items()}
         torch.cuda.synchronize()
-        outs = {}
+        handles, outs = {}, {}
         for r, d in ranks.items():
             with torch.cuda.stream(streams[r]):
                 d.begin_step(routing, step, step)
         for r, d in ranks.items():
             with torch.cuda.stream(streams[r]):
-                handle = d.enqueue_dispatch(*inputs[r], 0)
+                handles[r] = d.enqueue_dispatch(*inputs[r], 0)
+        torch.cuda.synchronize()  # no other kernel, which might have to be loaded first, while these wait for each other
+        for r, handle in handles.items():
+            with torch.cuda.stream(streams[r]):
                 _experts(handle, inputs[r][0])
-                outs[r] = d.enqueue_combine(handle)
+        for r, d in ranks.items():
+            with torch.cuda.stream(streams[r]):
+                outs[r] = d.enqueue_combine(handles[r])
         for r, d in ranks.items():
             with torch.cuda.stream(streams[r]):
                 assert d.wait() is None

@@ -218,6 +218,7 @@ class TestMappedBackup:
             other.kill()
             other.wait()
             assert world.engine.slots._mapped.wait_mapped(20.0)
+        world.engine.slots.backup = None
 
     def test_experts_come_back_bit_by_bit(self, page_checkpoint: Path) -> None:
         world, backup = self.world_and_backup(page_checkpoint)

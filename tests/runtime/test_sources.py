@@ -325,7 +325,7 @@ def test_nobody_reads_ahead_before_the_rank_is_a_member(backup):
     assert not backup.experts.any()
 
 
-TAKES_TURN = "import fcntl, sys; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+TAKES_TURN = "import fcntl, sys; print('asks', flush=1); fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX); print(flush=1); sys.stdin.read()"
 """a process that has its turn until it is killed"""
 
 
@@ -333,11 +333,14 @@ def test_one_process_has_its_turn_until_it_ends_it_or_dies(backup):
     assert backup.take_turn()
     command = [sys.executable, "-c", TAKES_TURN, str(backup._fd)]
     with subprocess.Popen(command, pass_fds=[backup._fd], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert not select.select([other.stdout], [], [], 0.5)[0], "it waits"
-        backup.end_turn()
-        other.stdout.readline()
-        assert not backup.take_turn()
-        other.kill()
+        try:
+            other.stdout.readline()
+            assert not select.select([other.stdout], [], [], 0.5)[0], "it waits"
+            backup.end_turn()
+            assert select.select([other.stdout], [], [], 10)[0]
+            assert not backup.take_turn()
+        finally:
+            other.kill()
         other.wait()
         assert backup.take_turn()
 

@@ -26,7 +26,7 @@ _CHUNK_BYTES = 1 << 26
 """registered at once: the driver's lock is held for about 3 ms"""
 _REST = 1.0
 """Times as long as a registration took the lock is left to others. Under the multi-process service it is all ranks', and a thread that came
-back for it at once had them wait for up to 0.9 s. Nor may ranks take turns at it: four that began together made steps 2.3 times as long."""
+back for it at once had them wait for up to 0.9 s. Several ranks at once are too many: four made steps 2.3 times as long."""
 _POLL_S = 0.5
 _COPIERS = 2
 """experts on their way at a time: one is copied while the digest of the other is computed"""

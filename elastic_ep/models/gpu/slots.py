@@ -97,7 +97,7 @@ class DeviceSlots:
 
     @property
     def backup(self) -> ExpertSource | None:
-        """See `Slots`. A host's backup is mapped for the device in the background, once it is full."""
+        """See `Slots`. A host's backup is mapped for the device in the background, layer by layer."""
         return None if self._mapped is None else self._mapped.backup
 
     @backup.setter
